@@ -1,0 +1,1 @@
+"""What runs on every device and on the mini-PC host."""

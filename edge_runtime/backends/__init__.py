@@ -1,0 +1,1 @@
+"""Implementations of the Backend protocol, imported only when one is opened."""

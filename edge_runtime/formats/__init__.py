@@ -1,0 +1,1 @@
+"""What pipeline, edge_runtime and server agree on byte for byte."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to signed packages, on a workstation."""

@@ -1,0 +1,1 @@
+"""Teacher signal, losses, pruning and the one training loop."""

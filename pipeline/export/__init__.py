@@ -1,0 +1,1 @@
+"""From codes to the files that runtimes load, and proof that they agree."""

@@ -1,0 +1,1 @@
+"""The family report and the model cards."""
