@@ -46,8 +46,7 @@ def python_documents() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
-        yield Document(f"topic:{name}", topics[name])
-        for heading, section in _sections(topics[name]):
+        for heading, section in _sections(topics[name], name):
             yield Document(f"topic:{name}#{heading}", section, f"What does Python say about {heading}?")
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py")):
@@ -85,9 +84,10 @@ def count_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in paths if p.suffix in (".txt", ".jsonl", ".parquet") and p.is_file())
 
 
-def _sections(topic: str) -> Iterator[tuple[str, str]]:
-    """Split a topic at its underlined headings: (heading, body)."""
+def _sections(topic: str, name: str) -> Iterator[tuple[str, str]]:
+    """Split a topic at its underlined headings: (heading, body); the part before the first keeps the topic's name."""
     parts = re.split(r"^(\S[^\n]*)\n[*=\-^\"]{3,}\n", topic, flags=re.MULTILINE)
+    yield name, parts[0]
     yield from zip((heading.strip() for heading in parts[1::2]), parts[2::2], strict=True)
 
 

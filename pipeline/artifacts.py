@@ -1,0 +1,188 @@
+"""Where stages read and write: paths, atomic outputs, fingerprints, locks, checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.formats.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders of one run: the project itself for DVC, ``runs/<digest>/`` for overrides."""
+
+    root: Path
+
+    @property
+    def corpus(self) -> Path:
+        """Cleaned text: train.jsonl, held_out.jsonl."""
+        return self.root / "artifacts" / "corpus"
+
+    @property
+    def teacher(self) -> Path:
+        """Tokenizer, and the checkpoint or where it is (teacher.json)."""
+        return self.root / "artifacts" / "teacher"
+
+    @property
+    def targets(self) -> Path:
+        """Token sequences and the stored teacher signal."""
+        return self.root / "artifacts" / "targets"
+
+    def student(self, submodel: str) -> Path:
+        """Hugging Face checkpoint of one student."""
+        return self.root / "artifacts" / "students" / submodel
+
+    def weights(self, submodel: str) -> Path:
+        """Codes and scales."""
+        return self.root / "artifacts" / "weights" / submodel
+
+    def exports(self, submodel: str) -> Path:
+        """The package's files, not yet signed."""
+        return self.root / "artifacts" / "exports" / submodel
+
+    def evaluation(self, submodel: str) -> Path:
+        """What was measured on the exported files."""
+        return self.root / "artifacts" / "evaluations" / submodel
+
+    def package(self, submodel: str) -> Path:
+        """The signed package."""
+        return self.root / "artifacts" / "packages" / submodel
+
+    @property
+    def reports(self) -> Path:
+        """family.json, index.html, cards/, metrics/."""
+        return self.root / "reports"
+
+    def metrics(self, stage: str, submodel: str | None = None) -> Path:
+        """The metrics file of one stage."""
+        name = f"{stage}-{submodel}" if submodel else stage
+        return self.reports / "metrics" / f"{name}.json"
+
+    def checkpoint(self, stage: str, fingerprint: str) -> Path:
+        """Where unfinished work of a stage is kept: outside its outputs, which DVC deletes."""
+        return self.root / ".cache" / "checkpoints" / f"{stage}-{fingerprint[:16]}"
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that takes its place when the block ends well."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.replace(path)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a temporary file beside ``path``, flush it to disk, rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys sorted, so that equal values are equal bytes."""
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that an earlier stage wrote.
+
+    Raises:
+        UserError: The file is missing; the message names the stage to run.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("input", str(path), "a file that an earlier stage writes", "run python -m pipeline") from None
+
+
+def fingerprint(*parts: Any, code: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> str:
+    """Digest of settings, source files and the records of input folders."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for path in code:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    for path in inputs:
+        record = path / RECORD if path.is_dir() else path
+        digest.update(record.read_bytes() if record.exists() else b"absent")
+    return digest.hexdigest()
+
+
+def write_record(directory: Path, stage: str, digest: str) -> None:
+    """Mark a folder as the finished output of a stage."""
+    write_json(directory / RECORD, {"stage": stage, "fingerprint": digest, "files": tree_digest(directory)})
+
+
+def recorded_fingerprint(directory: Path) -> str | None:
+    """Fingerprint of a finished folder, or None."""
+    try:
+        return str(json.loads((directory / RECORD).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def tree_digest(directory: Path) -> str:
+    """Digest of every file below a folder (its record excepted)."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != RECORD):
+        digest.update(f"{path.relative_to(directory).as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def sole_writer(layout: Layout, stage: str, submodel: str | None) -> Iterator[None]:
+    """Hold the lock of one output; the kernel frees it when the process dies.
+
+    Raises:
+        UserError: Another process writes this output now.
+    """
+    path = layout.root / ".cache" / "locks" / (f"{stage}-{submodel}.lock" if submodel else f"{stage}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("stage", stage, "one writer at a time", "wait for the other run, or end it") from None
+        yield
+
+
+def require_disk(path: Path, needed_bytes: int) -> None:
+    """Refuse work that would fill the disk.
+
+    Raises:
+        UserError: Less is free than ``needed_bytes``.
+    """
+    existing = next(p for p in [path, *path.parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        need, have = (f"{value / 1e9:.2f} GB" for value in (needed_bytes, free))
+        raise UserError("free disk", have, f"at least {need} at {existing}", "free some space or run elsewhere")
+
+
+def merge_metrics(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a stage's metrics.json."""
+    write_json(path, dict(values))

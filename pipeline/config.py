@@ -1,0 +1,323 @@
+"""The validated configuration: Hydra composes conf/, pydantic checks it once, all faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edge_runtime.formats.errors import ConfigError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+Container = Literal["onnx", "tflite", "tflite_legacy"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Where text comes from and which documents are kept."""
+
+    source: Literal["python_docs", "local"]
+    path: Path | None = None
+    min_chars: Count
+    max_chars: Annotated[int, Field(ge=1, le=200_000)]
+    held_out_modulus: Annotated[int, Field(ge=2)]
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if (self.source == "local") != (self.path is not None):
+            raise ValueError("path is required by source=local and refused by python_docs")
+        if self.min_chars >= self.max_chars:
+            raise ValueError("min_chars must be below max_chars")
+        return self
+
+
+class FromScratchTeacher(_Strict):
+    """A small Llama trained here."""
+
+    kind: Literal["from_scratch"]
+    vocab_size: Annotated[int, Field(ge=300, le=65536)]
+    hidden_size: Annotated[int, Field(ge=32, multiple_of=32)]
+    intermediate_size: Annotated[int, Field(ge=32, multiple_of=32)]
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    steps: Count
+    batch_sequences: Count
+    learning_rate: Rate
+
+    @model_validator(mode="after")
+    def _check(self) -> FromScratchTeacher:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must divide by num_heads, and num_heads by num_kv_heads")
+        if self.hidden_size // self.num_heads % 8:
+            raise ValueError("hidden_size / num_heads must be a multiple of 8 (ONNX Runtime's rotary kernel)")
+        return self
+
+
+class CheckpointTeacher(_Strict):
+    """A Hugging Face checkpoint: a directory, or a name on the hub."""
+
+    kind: Literal["local", "hub"]
+    path: Path | None = None
+    name: str | None = None
+    revision: str = "main"
+    load: Literal["fp32", "bf16", "int8", "int4"]
+    device_map: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointTeacher:
+        if self.kind == "local" and self.path is None:
+            raise ValueError("path is required by kind=local (teacher.path=DIR)")
+        if self.kind == "hub" and not self.name:
+            raise ValueError("name is required by kind=hub (teacher.name=ORG/MODEL)")
+        return self
+
+
+class SubmodelConfig(_Strict):
+    """Ratios of the teacher's sizes; absolute sizes win where given."""
+
+    name: Name
+    width: Ratio
+    ffn: Ratio
+    heads: Ratio
+    depth: Ratio
+    hidden_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    intermediate_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    num_kv_heads: Count | None = None
+    num_layers: Count | None = None
+
+
+class DistillConfig(_Strict):
+    """Teacher signal and training of the students."""
+
+    sequence_tokens: Annotated[int, Field(ge=8)]
+    target_tokens: Count
+    draws: Annotated[int, Field(ge=1, le=64)]
+    importance_sequences: Count
+    steps: Count
+    batch_sequences: Count
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0, lt=1)]
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["auto", "bf16", "fp32"]
+    checkpoint_every_steps: Count
+    from_scratch_baseline: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if self.target_tokens < self.sequence_tokens * self.batch_sequences:
+            raise ValueError("target_tokens must hold one batch (sequence_tokens x batch_sequences)")
+        return self
+
+
+class QuantizeConfig(_Strict):
+    """Codes of the shipped containers."""
+
+    bits: Literal[4, 8]
+    group: Literal[32, 64, 128]
+    rounding: Literal["rtn", "mse"]
+
+
+class ExportConfig(_Strict):
+    """Containers and their fixed shapes."""
+
+    containers: Annotated[list[Container], Field(min_length=1)]
+    context_tokens: Annotated[int, Field(ge=16, le=131_072)]
+    prefill_tokens: Annotated[int, Field(ge=2, le=1024)]
+    accuracy_level: Literal[0, 1, 4]
+    lora_targets: list[Projection]
+    lora_rank: Annotated[int, Field(ge=1, le=256)]
+    parity_positions: Annotated[int, Field(ge=8)]
+    legacy_python: Path
+    licence: str
+
+    @model_validator(mode="after")
+    def _check(self) -> ExportConfig:
+        if len(set(self.containers)) != len(self.containers):
+            raise ValueError("containers must not repeat")
+        if self.prefill_tokens >= self.context_tokens:
+            raise ValueError("prefill_tokens must be below context_tokens")
+        return self
+
+
+class GateConfig(_Strict):
+    """Bounds that a submodel must keep to be registered."""
+
+    containers: list[Container]
+    perplexity_ratio_max: Annotated[float, Field(gt=1)]
+    top1_to_fp_min: Annotated[float, Field(ge=0, le=1)]
+    onnx_weight_ratio_max: Ratio
+    tflite_weight_ratio_max: Ratio
+    beats_from_scratch: bool
+
+
+class TrackConfig(_Strict):
+    """Where MLflow keeps its store."""
+
+    experiment: str
+    store: Path
+    port: Annotated[int, Field(ge=1024, le=65535)]
+
+
+class RuntimeConfig(_Strict):
+    """How exported files are measured."""
+
+    threads: Annotated[int, Field(ge=1, le=256)]
+    evaluation_sequences: Count
+    bench_tokens: Count
+    prompt: Annotated[str, Field(min_length=1, max_length=2000)]
+    max_tokens: Count
+
+
+class Config(_Strict):
+    """Everything one run reads, for one submodel of the family."""
+
+    stage: str | None = None
+    dry_run: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    threads: Annotated[int, Field(ge=1, le=256)]
+    family: Annotated[list[Name], Field(min_length=1)]
+    data: DataConfig
+    teacher: Annotated[FromScratchTeacher | CheckpointTeacher, Field(discriminator="kind")]
+    submodel: SubmodelConfig
+    distill: DistillConfig
+    quantize: QuantizeConfig
+    export: ExportConfig
+    gate: GateConfig
+    track: TrackConfig
+    runtime: RuntimeConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.quantize.bits == 8 and "tflite" in self.export.containers:
+            raise ValueError("export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out")
+        if self.quantize.group != 32 and "tflite" in self.export.containers:
+            raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
+        if self.runtime.max_tokens >= self.export.context_tokens:
+            raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        return self
+
+
+def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
+    """Compose and validate one Config for each submodel of the family, in its order.
+
+    With ``submodel=NAME`` among the overrides, only for that one.
+
+    Raises:
+        ConfigError: One line for each fault: misspelt keys and options, values out of range.
+    """
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        faults, usable = _split_overrides(overrides)
+        try:
+            values = _compose(usable)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError("\n".join([*faults, _one_line(error)])) from None
+        first, errors = _validate(values)
+        if faults or errors or first is None:
+            raise ConfigError("\n".join(dict.fromkeys([*faults, *errors])))
+        if any(override.startswith("submodel=") for override in overrides):
+            return {first.submodel.name: first}
+        configs = {}
+        for name in first.family:
+            options = _options("submodel")
+            if name not in options:
+                raise ConfigError(f"family: got {name!r}, allowed: {', '.join(options)}{_did_you_mean(name, options)}")
+            config, errors = _validate(_compose([*usable, f"submodel={name}"]))
+            if config is None:
+                raise ConfigError("\n".join(errors))
+            configs[name] = config
+        return configs
+
+
+def config_digest(configs: dict[str, Config]) -> str:
+    """Twelve hex digits that name this configuration; stage and dry_run do not count."""
+    values = {name: config.model_dump(mode="json", exclude={"stage", "dry_run"}) for name, config in configs.items()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    values = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(one line for each override that Hydra cannot take, the others)."""
+    groups = [path.name for path in sorted(CONF_DIR.iterdir()) if path.is_dir()]
+    chosen = [o for o in overrides if o.partition("=")[0] in groups]
+    usable: list[str] = []
+    faults: list[str] = []
+    for override in [*chosen, *(o for o in overrides if o not in chosen)]:
+        key, equals, value = override.partition("=")
+        if not equals or key.startswith(("+", "~")):
+            faults.append(f"{override}: allowed: KEY=VALUE with a key that conf/ has")
+        elif key in groups and value not in _options(key):
+            allowed = ", ".join(_options(key))
+            faults.append(f"{key}: got {value!r}, allowed: {allowed}{_did_you_mean(value, _options(key))}")
+        else:
+            try:
+                compose("config", [*usable, override])
+                usable.append(override)
+            except (HydraException, OmegaConfBaseException) as error:
+                keys = list(_keys(OmegaConf.to_container(compose("config", usable), resolve=False)))
+                known = key in keys
+                hint = _one_line(error) if known else f"no such key{_did_you_mean(key, keys)}"
+                faults.append(f"{key}: {hint}")
+    return faults, usable
+
+
+def _validate(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        return None, [_fault_line(fault, values) for fault in error.errors()]
+
+
+def _fault_line(fault: Any, values: dict[str, Any]) -> str:
+    path = [str(part) for part in fault["loc"] if part not in ("from_scratch", "local", "hub")]
+    name = ".".join(path) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        return f"{name}: no such key here"
+    if fault["type"] == "value_error":
+        return f"{name}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
+    if fault["type"] == "missing":
+        return f"{name}: is missing"
+    return f"{name}: got {fault['input']!r}, allowed: {fault['msg'].removeprefix('Input should be ')}"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: is missing; add {error.full_key}=VALUE"
+    return " ".join(str(error).split())
