@@ -24,7 +24,7 @@ demo: setup  ## from real text to signed 4-bit submodels, with a table at the en
 	@.venv/bin/python -m pipeline
 
 ui: setup  ## open the family's runs in MLflow on http://127.0.0.1:5000
-	@.venv/bin/python -m pipeline.tracking ui --port $(PORT)
+	@.venv/bin/python -m pipeline.tracking_ui --port $(PORT)
 
 test: setup  ## every test, two at a time
 	@.venv/bin/python -m pytest -n 2
