@@ -2,7 +2,8 @@
 
 The file keeps no state: it takes the past keys and values and hands out the new slices. ``decode`` is the primary
 subgraph, whose input memory this module writes in place, so that a step copies one position and not the cache;
-``prefill`` runs through its signature, which copies the cache once a chunk.
+``prefill`` runs through its signature, which copies the cache once a chunk. Both see a window of the past, resized
+to powers of two: attending to an empty context of 2048 would cost five times as much as the rest of a small model.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from edge_runtime.formats.lora import Adapter
 Floats = NDArray[np.float32]
 RUNTIMES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 HIDDEN = np.float32(-1e9)  # added to a score, leaves an exact zero after softmax
+_SMALLEST_WINDOW_TOKENS = 64
 
 
 @dataclass(slots=True, weakref_slot=True)
 class TfliteCache:
-    """Keys and values of one sequence: one (1, KV, M, D) array a layer, valid up to ``length_tokens``."""
+    """Keys and values of one sequence: one (1, KV, window, D) array a layer, valid up to ``length_tokens``."""
 
     keys: list[Floats]
     values: list[Floats]
@@ -65,11 +67,10 @@ class TfliteBackend:
             raise BackendError("the file's decode signature takes more than one token")
         self._cos, self._sin = _rotary_tables(spec)
         self._causal = np.triu(np.full((self._prefill_tokens,) * 2, HIDDEN), k=1)
-        self._step = _map_memory(interpreter, spec.num_layers)
+        self._window_tokens, self._step = _map_memory(interpreter, spec, 0)
         self._slots = {name: np.zeros_like(slot) for name, slot in self._step.slots.items()}
         self._resident: weakref.ref[TfliteCache] | None = None
         self._visible_tokens = -1
-        self._load_slots()
 
     @classmethod
     def open(cls, path: Path, spec: DecoderSpec, *, threads: int) -> TfliteBackend:
@@ -88,9 +89,7 @@ class TfliteBackend:
     def _load(cls, interpreter_class: Any, path: Path, spec: DecoderSpec, threads: int) -> TfliteBackend:
         try:
             with _silenced_stderr():
-                interpreter = interpreter_class(model_path=str(path), num_threads=threads)
-                interpreter.allocate_tensors()
-                return cls(interpreter, spec)
+                return cls(interpreter_class(model_path=str(path), num_threads=threads), spec)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise BackendError(f"{path}: the TFLite runtime cannot load it ({reason})") from error
@@ -100,7 +99,7 @@ class TfliteBackend:
         spec = self.spec
         if not 1 <= capacity_tokens <= spec.context_tokens:
             raise UserError("capacity_tokens", capacity_tokens, f"1 to {spec.context_tokens}")
-        shape = (1, spec.num_kv_heads, spec.context_tokens, spec.head_dim)
+        shape = (1, spec.num_kv_heads, _window(capacity_tokens, spec), spec.head_dim)
         keys = [np.zeros(shape, np.float32) for _ in range(spec.num_layers)]
         values = [np.zeros(shape, np.float32) for _ in range(spec.num_layers)]
         return TfliteCache(keys, values, capacity_tokens)
@@ -128,8 +127,7 @@ class TfliteBackend:
         if adapter is not None:
             for module, (lora_a, lora_b) in adapter.pairs.items():
                 self._fill_slot(filled, module, lora_a, lora_b * np.float32(adapter.scale))
-        self._slots = filled
-        self._load_slots()
+        self._slots, self._resident = filled, None
 
     def close(self) -> None:
         """Release the runtime's memory."""
@@ -147,15 +145,17 @@ class TfliteBackend:
 
     def _decode_one(self, token: int, cache: TfliteCache) -> Floats:
         step, past = self._step, cache.length_tokens
-        if self._resident is None or self._resident() is not cache:
+        if self._resident is None or self._resident() is not cache or past >= self._window_tokens:
             self._load_cache(cache)
+            step = self._step
         if self._visible_tokens != past:
             step.mask[: 1 + past] = 0  # column 0 is the new token itself
             step.mask[1 + past :] = HIDDEN
         step.tokens[0] = token
         step.cos[:] = self._cos[past]
         step.sin[:] = self._sin[past]
-        self._interpreter.invoke()
+        with _reported_errors():
+            self._interpreter.invoke()
         logits = step.logits.copy()
         _refuse_unusable(logits)
         for new, here, kept in step.slices(cache):
@@ -170,17 +170,19 @@ class TfliteBackend:
         past, count, width = cache.length_tokens, len(tokens), self._prefill_tokens
         ids = np.zeros(width, np.int32)
         ids[:count] = tokens
-        mask = np.full((1, 1, width, width + self.spec.context_tokens), HIDDEN)
+        window = _window(past, self.spec)
+        mask = np.full((1, 1, width, width + window), HIDDEN)
         mask[0, 0, :, :width] = self._causal
         mask[0, 0, :, width : width + past] = 0
         # Positions of the padding repeat the last one: its rows are dropped, no real row sees it.
         positions = np.minimum(np.arange(past, past + width), self.spec.context_tokens - 1)
         inputs = {"tokens": ids, "cos": self._cos[None, None, positions], "sin": self._sin[None, None, positions]}
         inputs |= {"mask": mask} | self._slots
-        inputs |= {f"past_k_{layer}": keys for layer, keys in enumerate(cache.keys)}
-        inputs |= {f"past_v_{layer}": values for layer, values in enumerate(cache.values)}
-        # Made anew for each chunk: the runtime refuses ``invoke`` while a runner exists.
-        outputs = self._interpreter.get_signature_runner("prefill")(**inputs)
+        inputs |= {f"past_k_{layer}": keys[:, :, :window] for layer, keys in enumerate(cache.keys)}
+        inputs |= {f"past_v_{layer}": values[:, :, :window] for layer, values in enumerate(cache.values)}
+        with _reported_errors():
+            # Made anew for each chunk: the runtime refuses ``invoke`` while a runner exists.
+            outputs = self._interpreter.get_signature_runner("prefill")(**inputs)
         logits: Floats = outputs["logits"][:count]
         _refuse_unusable(logits)
         for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
@@ -192,18 +194,14 @@ class TfliteBackend:
 
     def _load_cache(self, cache: TfliteCache) -> None:
         """Bring another sequence into the decode signature's memory."""
-        # Allocating the prefill signature may have moved what was mapped before.
-        self._step = _map_memory(self._interpreter, self.spec.num_layers)
-        self._load_slots()
         past = cache.length_tokens
+        self._window_tokens, self._step = _map_memory(self._interpreter, self.spec, past + 1)
         for kept, here in zip(cache.keys + cache.values, self._step.past_k + self._step.past_v, strict=True):
             here[:, :past] = kept[0, :, :past]
             here[:, past:] = 0  # hidden by the mask, but garbage times a zero share can still be NaN
-        self._resident, self._visible_tokens = weakref.ref(cache), -1
-
-    def _load_slots(self) -> None:
         for name, values in self._slots.items():
             self._step.slots[name][:] = values
+        self._resident, self._visible_tokens = weakref.ref(cache), -1
 
     def _fill_slot(self, filled: Mapping[str, Floats], module: str, lora_a: Floats, lora_b: Floats) -> None:
         if f"{module}.lora_a" not in filled:
@@ -245,7 +243,30 @@ class _StepMemory:
         yield from zip(self.new_v, self.past_v, cache.values, strict=True)
 
 
-def _map_memory(interpreter: Any, layers: int) -> _StepMemory:
+def _window(past_tokens: int, spec: DecoderSpec) -> int:
+    """Columns of the past that a step over ``past_tokens`` tokens attends to."""
+    window = _SMALLEST_WINDOW_TOKENS
+    while window < past_tokens:
+        window *= 2
+    return min(window, spec.context_tokens)
+
+
+def _map_memory(interpreter: Any, spec: DecoderSpec, past_tokens: int) -> tuple[int, _StepMemory]:
+    """Resize the decode signature's past to a window, which may move its memory, and map that."""
+    window, layers = _window(past_tokens, spec), spec.num_layers
+    decode = interpreter.get_signature_runner("decode")
+    indices = {name: detail["index"] for name, detail in decode.get_input_details().items()}
+    del decode  # while it exists, the runtime takes its own memory to be in use
+    past = (1, spec.num_kv_heads, window, spec.head_dim)
+    for layer in range(layers):
+        interpreter.resize_tensor_input(indices[f"past_k_{layer}"], past)
+        interpreter.resize_tensor_input(indices[f"past_v_{layer}"], past)
+    interpreter.resize_tensor_input(indices["mask"], (1, 1, 1, 1 + window))
+    interpreter.allocate_tensors()
+    return window, _mapped_step(interpreter, layers)
+
+
+def _mapped_step(interpreter: Any, layers: int) -> _StepMemory:
     decode = interpreter.get_signature_runner("decode")
     inputs = {name: _mapped(interpreter, detail) for name, detail in decode.get_input_details().items()}
     outputs = {name: _mapped(interpreter, detail) for name, detail in decode.get_output_details().items()}
@@ -305,6 +326,14 @@ def _refuse_unusable(logits: Floats) -> None:
         raise BackendError(
             "the TFLite runtime returned only zeros: this runtime is too old for the file; use its legacy profile"
         )
+
+
+@contextlib.contextmanager
+def _reported_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"the TFLite runtime failed: {' '.join(str(error).split())}") from error
 
 
 def _import_interpreter() -> Any:

@@ -3,8 +3,9 @@
 ``prefill`` takes T tokens at once and ``decode`` one. Both take the past keys and values (1, KV, M, D) and hand
 out only the new slice (1, KV, T, D), which the host writes into its cache: no resource variables and no custom
 operators, so that old runtimes run the same file. The score columns are the new tokens first and the past after
-them; an additive mask (1, 1, T, T + M) says which of them a token may see. Keys, values and scores of both parts
-are never concatenated along M, since copying the cache would cost as much as attending to it.
+them; an additive mask (1, 1, T, T + M) says which of them a token may see. Keys and values are never concatenated
+along M, since copying the cache would cost as much as attending to it, and no constant in the graph depends on M, so
+that the host may resize the past to the part in use.
 """
 
 from __future__ import annotations
@@ -130,9 +131,7 @@ def _attention(step: _Step, x: int, layer: int) -> int:
     scores = op.concatenate(graph, [new_scores, past_scores], axis=3)
     shares = op.softmax(graph, op.add(graph, scores, step.mask))
     new_part = op.batch_matmul(graph, op.slice_last(graph, shares, 0, tokens), value, transpose_b=False)
-    past_part = op.batch_matmul(
-        graph, op.slice_last(graph, shares, tokens, past_tokens), past_value, transpose_b=False
-    )
+    past_part = op.batch_matmul(graph, op.slice_last(graph, shares, tokens, None), past_value, transpose_b=False)
     return _project(step, _merge_heads(step, op.add(graph, new_part, past_part)), layer, "o_proj")
 
 
