@@ -8,6 +8,7 @@ caches have the same layout, so a cache survives the change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,8 @@ class OnnxBackend:
         """Load ``model.onnx``; its ``weights.bin`` must lie beside it.
 
         Args:
+            directory: Where the files are.
+            spec: The decoder as the manifest describes it.
             threads: Of ONNX Runtime's operators. Submodels of a few million parameters decode fastest with one.
 
         Raises:
@@ -277,6 +280,8 @@ def _open_session(path: Path, spec: DecoderSpec, threads: int) -> InferenceSessi
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _QUIET
+    options.enable_cpu_mem_arena = False  # as fast here, and a long prefill's memory goes back to the system
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # halves decode on a busy machine
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
@@ -306,7 +311,7 @@ def _read_slots(session: InferenceSession, spec: DecoderSpec) -> _Slots:
 
 def _adapter_inputs(session: InferenceSession, adapter: Adapter) -> dict[str, OrtValue]:
     """A as (in, r) and B as (r, out) with the scale folded in, zero-padded where the file's module is padded."""
-    shapes = {value.name: value.shape for value in session.get_inputs()}
+    shapes = {value.name: value.shape for value in session.get_overridable_initializers()}
     inputs = {}
     for module, (lora_a, lora_b) in adapter.pairs.items():
         a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
@@ -325,8 +330,8 @@ def _value(array: NDArray[np.generic]) -> OrtValue:
 
 def _refuse_unusable(logits: NDArray[np.float32]) -> None:
     """Old or foreign runtimes return zeros in silence; NaN and infinity must not reach sampling."""
-    low, high = float(logits.min()), float(logits.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    low, high = logits.min(), logits.max()  # both are NaN when any logit is
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise BackendError("onnxruntime returned logits that are not finite")
     if low == high == 0.0:
         raise BackendError("onnxruntime returned logits that are all zero")

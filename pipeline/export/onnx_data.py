@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +41,7 @@ class Stored:
 
     @property
     def length_bytes(self) -> int:
+        """Bytes that it takes in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -58,10 +60,12 @@ class StoredWeight:
 
     @property
     def rows(self) -> int:
+        """N."""
         return self.array.shape[0]
 
     @property
     def group(self) -> int:
+        """Input dimensions that share one scale; 0 for float weights."""
         return 0 if self.scales is None else self.padded_columns // self.scales.shape[1]
 
 
@@ -74,10 +78,7 @@ def write_data(path: Path, spec: DecoderSpec, weights: Weights) -> dict[str, Sto
     stored: dict[str, StoredWeight] = {}
     with path.open("wb") as file:
         for names in _groups(spec, weights):
-            group = {name: weights[name] for name in names}
-            for name, value in group.items():
-                refuse_tensor(spec, name, value)
-            stored |= _write_group(file, group)
+            stored |= _write_group(file, spec, names, weights)
     unplaced = sorted(set(weights) - set(stored))
     if unplaced:
         raise ExportError(f"{unplaced[0]}: this decoder has no place for it ({len(unplaced)} such tensors)")
@@ -87,7 +88,7 @@ def write_data(path: Path, spec: DecoderSpec, weights: Weights) -> dict[str, Sto
 def join(parts: Sequence[Stored]) -> Stored | None:
     """The rows of neighbours in the file as one array; None when they do not lie end to end."""
     first = parts[0]
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         if after.offset_bytes != before.offset_bytes + before.length_bytes:
             return None
         if (after.dtype, after.shape[1:]) != (first.dtype, first.shape[1:]):
@@ -132,14 +133,19 @@ def _required(name: str, weights: Weights) -> str:
     return name
 
 
-def _write_group(file: BinaryIO, group: dict[str, QuantizedTensor | NDArray[np.float32]]) -> dict[str, StoredWeight]:
+def _write_group(file: BinaryIO, spec: DecoderSpec, names: Sequence[str], weights: Weights) -> dict[str, StoredWeight]:
+    """Codes of all members, then their scales; only this group is in memory."""
+    group = {name: weights[name] for name in names}
+    for name, value in group.items():
+        refuse_tensor(spec, name, value)
     arrays: dict[str, Stored] = {}
     for name, value in group.items():
-        arrays[name] = _append(file, _codes_bytes(value) if isinstance(value, QuantizedTensor) else _float32(value))
+        packed = _codes_bytes(value) if isinstance(value, QuantizedTensor) else np.asarray(value, np.float32)
+        arrays[name] = _append(file, packed)
     stored = {}
     for name, value in group.items():
         if isinstance(value, QuantizedTensor):
-            scales = _append(file, np.ascontiguousarray(value.scales, dtype=np.float16))
+            scales = _append(file, np.asarray(value.scales, np.float16))
             stored[name] = StoredWeight(arrays[name], scales, value.bits, value.columns, value.codes.shape[1])
         else:
             columns = arrays[name].shape[-1]
@@ -155,11 +161,7 @@ def _codes_bytes(tensor: QuantizedTensor) -> NDArray[np.uint8]:
     return (tensor.codes.view(np.uint8) + np.uint8(128)).astype(np.uint8)
 
 
-def _float32(value: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(value, dtype=np.float32)
-
-
 def _append(file: BinaryIO, array: NDArray[np.generic]) -> Stored:
     stored = Stored(array.dtype, array.shape, file.tell())
-    file.write(array.data)
+    file.write(np.ascontiguousarray(array).data)
     return stored

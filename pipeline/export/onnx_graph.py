@@ -37,6 +37,7 @@ def write_onnx(
 
     Args:
         directory: An existing directory.
+        spec: Sizes that the weights must have; ``context_tokens`` is the length of the rotary tables.
         weights: By Hugging Face name; quantized weights become MatMulNBits, float32 ones plain MatMul.
             A lazy mapping is read one projection group at a time.
         lora: Projections that get adapter inputs, or None for the slot-free file alone.
