@@ -249,8 +249,10 @@ def _projection(graph: _Graph, module: str, states: str) -> str:
     weight = graph.stored[f"{module}.weight"]
     a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     in_features = _in_features(graph, module, weight)
-    graph.inputs.append(helper.make_tensor_value_info(a, TensorProto.FLOAT, [in_features, "lora_rank"]))
-    graph.inputs.append(helper.make_tensor_value_info(b, TensorProto.FLOAT, ["lora_rank", weight.rows]))
+    # One name a module: ONNX Runtime reuses buffers between dimensions of one name, and an adapter may skip modules.
+    rank = f"{module}.rank"
+    graph.inputs.append(helper.make_tensor_value_info(a, TensorProto.FLOAT, [in_features, rank]))
+    graph.inputs.append(helper.make_tensor_value_info(b, TensorProto.FLOAT, [rank, weight.rows]))
     # Rank 0 by default: the product is zero and the base's result stays as it is.
     graph.constant(a, np.zeros((in_features, 0), np.float32))
     graph.constant(b, np.zeros((0, weight.rows), np.float32))
