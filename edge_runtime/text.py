@@ -59,10 +59,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]
     """
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise UserError("--prompt", f"{len(text)} characters", f"at most {MAX_PROMPT_CHARACTERS}")
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt", ascii(text)[:60], "valid Unicode text", "check the terminal's encoding") from error
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError("--prompt", ascii(text)[:60], "valid Unicode text", "check the terminal's encoding")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     tokens = ids if bos is None else [bos, *ids]
     if not tokens:
         raise UserError("--prompt", text, "at least one character", "this package has no token that begins a text")

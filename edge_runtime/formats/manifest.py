@@ -52,7 +52,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSlots:
+class AdapterSlots:
     """Which projections of a container take an adapter, and up to which rank (None: any)."""
 
     targets: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Container:
     """One runtime's files, all below the directory that bears the container's name."""
 
     files: tuple[str, ...]
-    lora: LoraSlots = LoraSlots()
+    adapters: AdapterSlots = AdapterSlots()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def _containers(values: dict[str, Any], files: Mapping[str, FileEntry]) -> dict[
         max_rank = entry["lora_max_rank"]
         if max_rank is not None:
             _integer(max_rank, 1, MAX_RANK, f"{name}.lora_max_rank")
-        containers[name] = Container(tuple(listed), LoraSlots(tuple(targets), max_rank))
+        containers[name] = Container(tuple(listed), AdapterSlots(tuple(targets), max_rank))
     for path in files:
         if "/" in path and path.split("/")[0] not in containers:
             _refuse(f"lists {path}, which belongs to no container")
@@ -241,8 +241,8 @@ def _to_bytes(manifest: Manifest) -> bytes:
     containers = {
         name: {
             "files": list(entry.files),
-            "lora_targets": list(entry.lora.targets),
-            "lora_max_rank": entry.lora.max_rank,
+            "lora_targets": list(entry.adapters.targets),
+            "lora_max_rank": entry.adapters.max_rank,
         }
         for name, entry in manifest.containers.items()
     }

@@ -26,9 +26,9 @@ from edge_runtime.formats.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
     SIGNATURE_FILE,
+    AdapterSlots,
     Container,
     FileEntry,
-    LoraSlots,
     Manifest,
     decode_manifest,
     encode_manifest,
@@ -95,7 +95,7 @@ def seal_package(
     decoder: DecoderSpec,
     bos: int | None,
     eos: Collection[int],
-    containers: Mapping[str, LoraSlots],
+    containers: Mapping[str, AdapterSlots],
     licence: str,
     key: Ed25519PrivateKey,
     metrics: Mapping[str, float] | None = None,
@@ -124,8 +124,8 @@ def seal_package(
         bos=bos,
         eos=tuple(eos),
         containers={
-            container: Container(tuple(path for path in files if path.startswith(f"{container}/")), lora)
-            for container, lora in containers.items()
+            container: Container(tuple(path for path in files if path.startswith(f"{container}/")), slots)
+            for container, slots in containers.items()
         },
         files=files,
         licence=licence,
