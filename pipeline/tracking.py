@@ -163,7 +163,9 @@ def _ensure_run(client: Any, experiment_id: str, entry: _Entry, container: str) 
     quant = "int8" if container == "tflite_legacy" else "int4"
     tags = {**entry.tags, "key": key, "container": container, "quant": quant}
     run_id = client.create_run(experiment_id, run_name=f"{entry.name} {container}", tags=tags).info.run_id
-    params = {key: entry.figures[key] for key in ("params", "fp16_weight_bytes")} | {"container": container}
+    package = entry.figures["packages"][container]
+    params = {key: entry.figures[key] for key in ("params", "fp16_weight_bytes")}
+    params |= {key: package.get(key) for key in ("file_bytes", "weight_bytes")}
     _log_numbers(client, run_id, [(key, value, 0) for key, value in _metrics(entry.figures, container)], params)
     _log_dataset(client, run_id, entry.dataset)
     client.set_terminated(run_id)
@@ -182,15 +184,20 @@ def _finished_run(client: Any, experiment_id: str, key: str) -> str | None:
 
 
 def _metrics(figures: Mapping[str, Any], container: str) -> Iterator[tuple[str, float]]:
-    package = figures["packages"][container]
-    for name, key in (("size_mb", "file_bytes"), ("weight_mb", "weight_bytes"), ("peak_rss_mb", "peak_rss_bytes")):
+    """What the chart page draws: six figures that it shows at once, the machine's own in its section below."""
+    package = {**figures["packages"][container], "kl_to_teacher": figures.get("kl_to_teacher")}
+    for name, key, unit in (
+        ("kl_to_fp", "kl_to_fp", 1),
+        ("kl_to_teacher", "kl_to_teacher", 1),
+        ("perplexity", "perplexity", 1),
+        ("size_mb", "file_bytes", 1e6),
+        ("tokens_per_s", "tokens_per_s", 1),
+        ("top1_to_fp", "top1_to_fp", 1),
+        ("system/load_s", "load_s", 1),
+        ("system/peak_rss_mb", "peak_rss_bytes", 1e6),
+    ):
         if package.get(key) is not None:
-            yield name, package[key] / 1e6
-    for key in ("perplexity", "tokens_per_s", "kl_to_fp", "top1_to_fp", "load_s"):
-        if package.get(key) is not None:
-            yield key, float(package[key])
-    if figures.get("kl_to_teacher") is not None:
-        yield "kl_to_teacher", float(figures["kl_to_teacher"])
+            yield name, package[key] / unit
 
 
 def _log_numbers(

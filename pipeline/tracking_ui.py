@@ -44,6 +44,7 @@ def serve_ui(store: Path, port: int = PORT, *, start_timeout_s: float = 180.0) -
             probe.bind((HOST, port))
         except OSError:
             raise UserError("port", port, "a free port", f"type: make ui PORT={port + 1}") from None
+    print("Starting MLflow ...", flush=True)
     server = subprocess.Popen(_server_command(store, port), start_new_session=True, env=os.environ | _ENVIRONMENT)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -94,7 +95,21 @@ _ENVIRONMENT = {
 def _server_command(store: Path, port: int) -> list[str]:
     artifacts = (store.resolve() / "mlruns").as_uri()
     where = ["--backend-store-uri", store_uri(store), "--artifacts-destination", artifacts]
-    return [sys.executable, "-m", "mlflow", "server", *where, "--host", HOST, "--port", str(port), "--workers", "1"]
+    quiet = ["--uvicorn-opts", "--log-level warning"]
+    return [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        *where,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *quiet,
+    ]
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, timeout_s: float) -> None:
