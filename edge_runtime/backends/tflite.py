@@ -61,9 +61,9 @@ class TfliteBackend:
     def __init__(self, interpreter: Any, spec: DecoderSpec) -> None:
         """Use ``open``."""
         self.spec = spec
-        self._interpreter = interpreter
-        self._prefill_tokens = _check_inputs(interpreter, "prefill", spec)
-        if _check_inputs(interpreter, "decode", spec) != 1:
+        self._interpreter: Any = interpreter
+        self._prefill_tokens = _check_shapes(interpreter, "prefill", spec)
+        if _check_shapes(interpreter, "decode", spec) != 1:
             raise BackendError("the file's decode signature takes more than one token")
         self._cos, self._sin = _rotary_tables(spec)
         self._causal = np.triu(np.full((self._prefill_tokens,) * 2, HIDDEN), k=1)
@@ -131,7 +131,9 @@ class TfliteBackend:
 
     def close(self) -> None:
         """Release the runtime's memory."""
-        self._step = self._interpreter = None
+        if self._interpreter is not None:
+            del self._step  # points into memory that goes away with the interpreter
+            self._interpreter = None
 
     def _check_tokens(self, tokens: Sequence[int], cache: TfliteCache) -> None:
         if self._interpreter is None:
@@ -292,17 +294,20 @@ def _mapped(interpreter: Any, detail: Mapping[str, Any]) -> NDArray[Any]:
     return np.ctypeslib.as_array(memory).reshape(view.shape)
 
 
-def _check_inputs(interpreter: Any, signature: str, spec: DecoderSpec) -> int:
+def _check_shapes(interpreter: Any, signature: str, spec: DecoderSpec) -> int:
     """T of a signature, once its shapes are those of ``spec``."""
-    details = interpreter.get_signature_runner(signature).get_input_details()
+    runner = interpreter.get_signature_runner(signature)
+    details = runner.get_input_details() | runner.get_output_details()
     tokens = int(details["tokens"]["shape"][0])
     past = (1, spec.num_kv_heads, spec.context_tokens, spec.head_dim)
-    expected = {f"past_{kind}_{layer}": past for layer in range(spec.num_layers) for kind in "kv"}
-    expected |= {"mask": (1, 1, tokens, tokens + spec.context_tokens)}
+    expected: dict[str, tuple[int, ...]] = {
+        f"past_{kind}_{layer}": past for layer in range(spec.num_layers) for kind in "kv"
+    }
+    expected |= {"mask": (1, 1, tokens, tokens + spec.context_tokens), "logits": (tokens, spec.vocab_size)}
     for name, shape in expected.items():
         found = tuple(int(size) for size in details[name]["shape"]) if name in details else None
         if found != shape:
-            raise BackendError(f"input {name} of the file has shape {found}, the package's manifest says {shape}")
+            raise BackendError(f"{name} of the file has shape {found}, the package's manifest says {shape}")
     if f"past_k_{spec.num_layers}" in details:
         raise BackendError(f"the file has more layers than the {spec.num_layers} of the package's manifest")
     return tokens

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import flatbuffers
+import flatbuffers  # type: ignore[import-untyped]
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
@@ -183,7 +183,7 @@ def save_model(path: Path, model: ModelFile, description: str) -> None:
 def _twos_complement_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """(N, K) in [-8, 7] -> (N, K / 2), low nibble first: TFLite's INT4, without the offset of ours."""
     nibbles = codes.view(np.uint8) & 0xF
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).astype(np.uint8, copy=False)
 
 
 def _model_table(model: ModelFile, description: str) -> schema.ModelT:
@@ -219,10 +219,10 @@ def _signature_table(graph: Subgraph, index: int) -> schema.SignatureDefT:
     return schema.SignatureDefT(inputs, outputs, graph.name, index)
 
 
-class _AlignedBuffer(schema.BufferT):
+class _AlignedBuffer(schema.BufferT):  # type: ignore[misc]
     """A buffer whose data is 16-byte aligned, as the schema demands and its Python code forgets."""
 
-    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - the base's name
+    def Pack(self, builder: flatbuffers.Builder) -> int:
         if self.data.size == 0:
             schema.BufferStart(builder)
             return int(schema.BufferEnd(builder))

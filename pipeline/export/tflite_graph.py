@@ -79,9 +79,7 @@ class _Step:
     mask: int
 
 
-def _build_signature(
-    graph: Subgraph, spec: DecoderSpec, weights: Weights, lora: LoraSlots | None, tokens: int
-) -> None:
+def _build_signature(graph: Subgraph, spec: DecoderSpec, weights: Weights, lora: LoraSlots | None, tokens: int) -> None:
     ids = graph.input("tokens", (tokens,), np.int32)
     embedding = f"{EMBEDDING}.weight"
     hidden = op.embedding_lookup(graph, ids, graph.weight(embedding, weights[embedding]), weights[embedding])
@@ -244,13 +242,32 @@ def _refuse_per_tensor(name: str, value: QuantizedTensor) -> None:
 
 
 def _refuse_shapes(spec: DecoderSpec, weights: Mapping[str, QuantizedTensor | NDArray[np.float32]]) -> None:
-    expected = {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
-    if not spec.tied_embeddings:
-        expected[f"{HEAD}.weight"] = (spec.vocab_size, spec.hidden_size)
-    for module, projection in spec.module_names():
-        expected[f"{module}.weight"] = spec.projection_shape(projection)
-    for name, shape in expected.items():
+    required, optional = _expected_shapes(spec)
+    for name in required:
         if name not in weights:
             raise ExportError(f"{name}: missing from the weights")
-        if tuple(weights[name].shape) != shape:
-            raise ExportError(f"{name}: shape {tuple(weights[name].shape)}, but the decoder's sizes say {shape}")
+    for name, value in weights.items():
+        shape = required.get(name) or optional.get(name)
+        if shape is None:
+            raise ExportError(f"{name}: the decoder has no place for this weight")
+        if tuple(value.shape) != shape:
+            raise ExportError(f"{name}: shape {tuple(value.shape)}, but the decoder's sizes say {shape}")
+
+
+def _expected_shapes(spec: DecoderSpec) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Names and shapes of the weights that must, and of those that may be there."""
+    hidden = (spec.hidden_size,)
+    required: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.vocab_size, *hidden)}
+    required[f"{FINAL_NORM}.weight"] = hidden
+    optional: dict[str, tuple[int, ...]] = {}
+    if not spec.tied_embeddings:
+        required[f"{HEAD}.weight"] = (spec.vocab_size, *hidden)
+    for module, projection in spec.module_names():
+        required[f"{module}.weight"] = spec.projection_shape(projection)
+        optional[f"{module}.bias"] = spec.projection_shape(projection)[:1]
+    for layer in range(spec.num_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            required[f"model.layers.{layer}.{norm}.weight"] = hidden
+        for norm in ("q_norm", "k_norm"):
+            optional[f"model.layers.{layer}.self_attn.{norm}.weight"] = (spec.head_dim,)
+    return required, optional

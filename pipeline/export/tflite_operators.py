@@ -115,9 +115,7 @@ def batch_matmul(graph: Subgraph, a: int, b: int, *, transpose_b: bool) -> int:
     return graph.operator(_OP.BATCH_MATMUL, [a, b], (*graph.shapes[a][:-1], columns), options)
 
 
-def fully_connected(
-    graph: Subgraph, x: int, weight: int, bias: int | None, value: QuantizedTensor | np.ndarray
-) -> int:
+def fully_connected(graph: Subgraph, x: int, weight: int, bias: int | None, value: QuantizedTensor | np.ndarray) -> int:
     """x (T, K) @ weight (N, K)^T + bias (N,); ``value`` is what ``weight`` was made of."""
     options = schema.FullyConnectedOptionsT()
     version = 1 if bias is not None else 6

@@ -93,9 +93,7 @@ def _constants(model: schema.Model, graph: schema.SubGraph) -> Iterator[_Stored]
         scales, table_scales = _scales(tensor.Quantization())
         shape = tuple(int(size) for size in tensor.ShapeAsNumpy()) if tensor.ShapeLength() else ()
         name = tensor.Name().decode()
-        yield _Stored(
-            name, index, tensor.Buffer(), tensor.Type(), shape, buffer.DataAsNumpy(), scales, table_scales
-        )
+        yield _Stored(name, index, tensor.Buffer(), tensor.Type(), shape, buffer.DataAsNumpy(), scales, table_scales)
 
 
 def _scales(quantization: schema.QuantizationParameters | None) -> tuple[int | None, NDArray[np.float32]]:
@@ -122,9 +120,7 @@ def _first_of_each_buffer(tensors: list[_Stored]) -> Iterator[_Stored]:
             yield stored
 
 
-def _decode(
-    stored: _Stored, tensors: list[_Stored], columns: dict[str, int]
-) -> QuantizedTensor | NDArray[np.float32]:
+def _decode(stored: _Stored, tensors: list[_Stored], columns: dict[str, int]) -> QuantizedTensor | NDArray[np.float32]:
     width = columns.get(stored.name, stored.shape[-1])
     if stored.type == schema.TensorType.FLOAT32:
         return stored.data.view(np.float32).reshape(stored.shape)
