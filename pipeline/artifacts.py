@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.formats.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECORD = "stage.json"
@@ -73,6 +76,26 @@ class Layout:
     def checkpoint(self, stage: str, fingerprint: str) -> Path:
         """Where unfinished work of a stage is kept: outside its outputs, which DVC deletes."""
         return self.root / ".cache" / "checkpoints" / f"{stage}-{fingerprint[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class StageRun:
+    """What one execution of a stage gets.
+
+    Attributes:
+        output: An empty folder; it takes the stage's place when the stage ends well.
+        checkpoint: Where unfinished work may be kept; named after everything the result depends on.
+    """
+
+    config: Config
+    layout: Layout
+    output: Path
+    checkpoint: Path
+
+    @property
+    def submodel(self) -> str:
+        """Name of the submodel that this run is for."""
+        return self.config.submodel.name
 
 
 @contextmanager
@@ -181,8 +204,3 @@ def require_disk(path: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         need, have = (f"{value / 1e9:.2f} GB" for value in (needed_bytes, free))
         raise UserError("free disk", have, f"at least {need} at {existing}", "free some space or run elsewhere")
-
-
-def merge_metrics(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a stage's metrics.json."""
-    write_json(path, dict(values))

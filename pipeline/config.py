@@ -66,8 +66,8 @@ class FromScratchTeacher(_Strict):
     def _check(self) -> FromScratchTeacher:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError("hidden_size must divide by num_heads, and num_heads by num_kv_heads")
-        if self.hidden_size // self.num_heads % 8:
-            raise ValueError("hidden_size / num_heads must be a multiple of 8 (ONNX Runtime's rotary kernel)")
+        if self.hidden_size // self.num_heads % 16:
+            raise ValueError("hidden_size / num_heads must be a multiple of 16 (ONNX Runtime's attention)")
         return self
 
 
@@ -147,6 +147,8 @@ class ExportConfig(_Strict):
     parity_positions: Annotated[int, Field(ge=8)]
     legacy_python: Path
     licence: str
+    version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}\.\d{1,6}$")]
+    counter: Count
 
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
@@ -171,7 +173,6 @@ class GateConfig(_Strict):
 class TrackConfig(_Strict):
     """Where MLflow keeps its store."""
 
-    experiment: str
     store: Path
     port: Annotated[int, Field(ge=1024, le=65535)]
 

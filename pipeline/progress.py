@@ -23,8 +23,8 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Report]:
-    """Show the progress of ``total`` units of work with the time left."""
+def progress(label: str, total: int | None) -> Iterator[Report]:
+    """Show the progress of ``total`` units of work (None: unknown) with the time left."""
     if CONSOLE.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=CONSOLE) as bar:
@@ -37,8 +37,8 @@ def progress(label: str, total: int) -> Iterator[Report]:
         nonlocal last_s
         now_s = time.monotonic()
         if now_s - last_s >= _PLAIN_INTERVAL_S and done:
-            left_s = (now_s - start_s) / done * (total - done)
-            print(f"{label}: {done}/{total} {text} ({left_s:.0f} s left)", file=sys.stderr, flush=True)
+            left = f"/{total} {text} ({(now_s - start_s) / done * (total - done):.0f} s left)" if total else f" {text}"
+            print(f"{label}: {done}{left}", file=sys.stderr, flush=True)
             last_s = now_s
 
     yield plain

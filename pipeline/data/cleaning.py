@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.data.sources import Document
 
 _ANSWER_CHARS = 600
+_EXAMPLES = 3  # sources named for each reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class CleaningReport:
     documents: int = 0
     kept: int = 0
     held_out: int = 0
-    rows: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -51,17 +51,14 @@ def clean(
         digest = hashlib.sha256(text.encode()).digest()
         reason = drop_reason(text, min_chars, max_chars) or ("duplicate" if digest in seen else None)
         if reason is not None:
-            report.dropped[reason] += 1
-            report.examples.setdefault(reason, [])
-            if len(report.examples[reason]) < 3:
-                report.examples[reason].append(document.source)
+            _count_drop(report, reason, document.source)
             continue
         seen.add(digest)
         held_out = int.from_bytes(digest, "big") % held_out_modulus == 0
         report.kept += 1
         report.held_out += held_out
         for kind, rendered in renderings(text, document.question):
-            report.rows[kind] += 1
+            report.rows[kind] = report.rows.get(kind, 0) + 1
             yield Row(digest.hex()[:16], rendered, kind, held_out)
 
 
@@ -91,6 +88,13 @@ def renderings(text: str, question: str | None) -> Iterator[tuple[str, str]]:
     yield "plain", text
     if question is not None:
         yield "question_answer", f"Question: {question}\nAnswer: {_lead(text)}"
+
+
+def _count_drop(report: CleaningReport, reason: str, source: str) -> None:
+    report.dropped[reason] = report.dropped.get(reason, 0) + 1
+    examples = report.examples.setdefault(reason, [])
+    if len(examples) < _EXAMPLES:
+        examples.append(source)
 
 
 def _lead(text: str) -> str:

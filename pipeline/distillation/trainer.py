@@ -68,13 +68,14 @@ def train(
                 logits = model(input_ids=tokens, use_cache=False).logits
             value = loss(logits, rows, tokens)
             value.backward()  # type: ignore[no-untyped-call]
+            loss_value = float(value.detach())
             torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM_MAX, error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             if step % max(1, plan.steps // 100) == 0 or step == plan.steps:
-                history.append({"step": step, "loss": round(float(value), 5), "learning_rate": rate})
-            report(step, f"loss {float(value):.3f}")
+                history.append({"step": step, "loss": round(loss_value, 5), "learning_rate": rate})
+            report(step, f"loss {loss_value:.3f}")
             if step % plan.checkpoint_every_steps == 0 and step < plan.steps:
                 _save_checkpoint(checkpoint, model, optimizer, step, history)
     model.eval()

@@ -1,0 +1,135 @@
+"""``python -m pipeline``: from text and a checkpoint to signed packages.
+
+Without overrides it is ``dvc repro``. ``stage=NAME submodel=NAME`` alone is what dvc.yaml calls.
+Any other override runs the same stages in this process, into ``runs/<digest>/``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+HELP = """Sevenfold pipeline: text and a 7B checkpoint in, signed 4-bit submodels out.
+
+usage: python -m pipeline [KEY=VALUE ...]
+
+  python -m pipeline                            the demo, reproducible: everything that changed runs again (DVC)
+  python -m pipeline dry_run=true               what would run and why, disk, memory and time needed
+  python -m pipeline experiment=ci              the same in seconds, into runs/
+  python -m pipeline teacher=local teacher.path=DIR data=local data.path=FILE_OR_DIR
+                                                your checkpoint (Llama, Qwen2, Qwen3, Mistral), your text
+  python -m pipeline experiment=qwen2_5_7b      a 7B from the hub; also experiment=llama_7b
+  python -m pipeline stage=export submodel=tiny one stage, in place
+
+stages       clean teacher targets distill quantize export evaluate package report register
+             ship = quantize + export + evaluate + package of one submodel in one process
+groups       data teacher submodel distill quantize export gate track runtime experiment (files in conf/)
+settings     any key of conf/, for example distill.steps=400 quantize.rounding=rtn 'export.containers=[onnx]'
+output       artifacts/packages/<submodel>/  reports/family.json  reports/index.html  (runs/<digest>/... with overrides)
+exit codes   0 done, 2 something you can correct (one line each on stderr), 3 a gate refused a submodel
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the pipeline and return the exit code."""
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(HELP, end="")
+        return 0
+    _use_project_interpreter(arguments)
+    from edge_runtime.formats.errors import GateError, SevenfoldError
+
+    try:
+        return _run(arguments)
+    except GateError as error:
+        print(error, file=sys.stderr)
+        return 3
+    except SevenfoldError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from pipeline.artifacts import Layout
+    from pipeline.config import config_digest, load_configs
+    from pipeline.flow import STAGES, execute, planned
+    from pipeline.plan import print_plan, require_resources
+    from pipeline.summary import print_summary
+
+    configs = load_configs(arguments)
+    first = next(iter(configs.values()))
+    in_place = all(argument.partition("=")[0] in ("stage", "submodel", "dry_run") for argument in arguments)
+    layout = Layout(PROJECT if in_place else PROJECT / "runs" / config_digest(configs))
+    chosen = [(stage, config) for stage, config in planned(configs) if _is_chosen(stage.name, first.stage)]
+    if not chosen:
+        _refuse_stage(first.stage)
+    if first.dry_run:
+        print_plan(chosen, layout, with_dvc=in_place and first.stage is None)
+        return 0
+    if in_place and first.stage is None and len(arguments) == 0:
+        return _reproduce(configs, layout)
+    if not in_place:
+        print(f"output: {layout.root.relative_to(PROJECT)}", file=sys.stderr)
+    require_resources(chosen, layout)
+    for stage, config in chosen:
+        execute(STAGES[stage.name], config, layout)
+    if first.stage is None:
+        print_summary(layout)
+    return 0
+
+
+def _is_chosen(name: str, wanted: str | None) -> bool:
+    from pipeline.flow import SHIP
+
+    return wanted is None or name == wanted or (wanted == "ship" and name in SHIP)
+
+
+def _refuse_stage(wanted: str | None) -> None:
+    import difflib
+
+    from edge_runtime.formats.errors import UserError
+    from pipeline.flow import stage_names
+
+    close = difflib.get_close_matches(str(wanted), stage_names(), n=1)
+    raise UserError("stage", wanted, ", ".join(stage_names()), f"did you mean {close[0]}?" if close else "")
+
+
+def _reproduce(configs: object, layout: object) -> int:
+    """``dvc repro`` with this interpreter's programs first on PATH, then the table."""
+    import subprocess
+
+    from edge_runtime.formats.errors import UserError
+    from pipeline.artifacts import Layout
+    from pipeline.plan import require_resources
+    from pipeline.flow import planned
+    from pipeline.summary import print_summary
+
+    programs = Path(sys.executable).parent
+    if not (programs / "dvc").exists():
+        raise UserError("dvc", "not installed", "the pipeline extra", "make setup, or pip install '.[pipeline]'")
+    require_resources(list(planned(configs)), layout)  # type: ignore[arg-type]
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([programs / "dvc", "repro", "--quiet"], cwd=PROJECT, env=environment, check=False)
+    if done.returncode:
+        print("stopped; python -m pipeline goes on from here", file=sys.stderr)
+        return done.returncode
+    assert isinstance(layout, Layout)
+    print_summary(layout)
+    return 0
+
+
+def _use_project_interpreter(arguments: list[str]) -> None:
+    """Under a Python without our libraries (``.venv/bin/dvc`` without activation), go on in the project's own."""
+    from importlib.util import find_spec
+
+    own = PROJECT / ".venv" / "bin" / "python"
+    if find_spec("hydra") is None and own.exists() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
+        os.execv(own, [str(own), "-m", "pipeline", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

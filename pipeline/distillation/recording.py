@@ -1,0 +1,82 @@
+"""Writing the teacher's signal to disk: draws, and on request their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.distillation.signals import draw
+
+SHARD_SEQUENCES = 64
+_BATCH_SEQUENCES = 8
+
+
+def record_draws(
+    teacher: Any,
+    sequences: NDArray[np.int32],
+    directory: Path,
+    side: str,
+    *,
+    draws: int,
+    seed: int,
+    log_p: bool,
+    bf16: bool,
+) -> Iterator[int]:
+    """Run the teacher over sequences (S, T) and store ``<side>_draws.npy`` (S, T, D) in ``directory``.
+
+    Yields:
+        Sequences done, after each shard. Each shard has its own random stream, so a run that is
+        killed and started again goes on after the last whole shard and ends with the same bytes.
+            With ``log_p`` the log-probability of each draw goes to ``<side>_log_p.npy``, float32, and
+        the most likely token of each position to ``<side>_top1.npy``, int32 (S, T).
+    """
+    shape = (*sequences.shape, draws)
+    id_type = np.uint16 if teacher.config.vocab_size <= 65536 else np.uint32
+    files = {"draws": _open(directory / f"{side}_draws.npy", shape, id_type)}
+    if log_p:
+        files["log_p"] = _open(directory / f"{side}_log_p.npy", shape, np.float32)
+        files["top1"] = _open(directory / f"{side}_top1.npy", sequences.shape, np.int32)
+    marker = directory / f"{side}.done"
+    done = int(marker.read_text()) if marker.exists() else 0
+    while done < len(sequences):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
+        end = min(done + SHARD_SEQUENCES, len(sequences))
+        for start in range(done, end, _BATCH_SEQUENCES):
+            stop = min(start + _BATCH_SEQUENCES, end)
+            logits = teacher_logits(teacher, sequences[start:stop], bf16)
+            ids = draw(logits, draws, generator)
+            files["draws"][start:stop] = ids.numpy()
+            if log_p:
+                files["log_p"][start:stop] = torch.log_softmax(logits, dim=-1).gather(-1, ids).numpy()
+                files["top1"][start:stop] = logits.argmax(dim=-1).numpy()
+        for file in files.values():
+            file.flush()
+        done = end
+        partial = marker.with_suffix(".partial")
+        partial.write_text(str(done))
+        partial.replace(marker)
+        yield done
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> torch.Tensor:
+    """(B, T, V) float32 on this process's CPU."""
+    tokens = torch.from_numpy(sequences.astype(np.int64)).to(teacher.device)
+    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
+        logits: torch.Tensor = teacher(input_ids=tokens, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Map a file for writing; an earlier run's file of the same shape is continued."""
+    if path.exists():
+        existing = np.lib.format.open_memmap(path, mode="r+")  # type: ignore[no-untyped-call]
+        if existing.shape == shape and existing.dtype == dtype:
+            return existing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]

@@ -1,0 +1,76 @@
+"""Folders that become packages: the files of a submodel, sealed for trial or for shipping."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from edge_runtime.formats.decoder import DecoderSpec
+from edge_runtime.formats.manifest import AdapterSlots, Manifest
+from edge_runtime.formats.package import seal_package
+from edge_runtime.formats.signing import signing_key
+from pipeline.artifacts import RECORD, file_digest, read_json
+from pipeline.config import Config
+
+EXPORT_FILE = "export.json"
+MODEL_CARD = "README.md"
+
+
+def adapter_slots(config: Config, container: str) -> AdapterSlots:
+    """What a container takes: any rank in ONNX, up to a fixed one in TFLite."""
+    export = config.export
+    if not export.lora_targets:
+        return AdapterSlots()
+    return AdapterSlots(tuple(export.lora_targets), None if container == "onnx" else export.lora_rank)
+
+
+def seal(
+    directory: Path, config: Config, *, exports: Path, weights: Path, metrics: Mapping[str, float] | None = None
+) -> Manifest:
+    """Sign ``directory`` with this machine's key (made at first use)."""
+    exported = read_json(exports / EXPORT_FILE)
+    return seal_package(
+        directory,
+        name=config.submodel.name,
+        version=config.export.version,
+        counter=config.export.counter,
+        base_digest=file_digest(weights),
+        decoder=DecoderSpec.from_dict(exported["decoder"]),
+        bos=exported["bos"],
+        eos=exported["eos"],
+        containers={name: adapter_slots(config, name) for name in config.export.containers},
+        licence=config.export.licence,
+        key=signing_key(),
+        metrics=metrics,
+    )
+
+
+@contextmanager
+def trial_package(config: Config, *, exports: Path, weights: Path) -> Iterator[Path]:
+    """A sealed copy of exported files (hard links where the disk allows), gone when the block ends.
+
+    Measurements run on it, so that they take the same path as a shipped package.
+    """
+    with TemporaryDirectory(prefix="sevenfold-trial-", dir=exports.parent) as folder:
+        package = Path(folder) / "package"
+        copy_exports(exports, package, link=True)
+        seal(package, config, exports=exports, weights=weights)
+        yield package
+
+
+def copy_exports(exports: Path, package: Path, *, link: bool) -> None:
+    """Copy what ships; the stage's own records stay behind."""
+    shutil.copytree(
+        exports, package, ignore=shutil.ignore_patterns(RECORD, EXPORT_FILE), copy_function=_link if link else shutil.copy2
+    )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,146 @@
+"""Proof that an exported file computes what its codes say, in the runtime that it is meant for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.errors import BackendError, ExportError
+from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
+
+FloatArray = NDArray[np.float32]
+RMS_RATIO_LIMIT = 0.10  # a wrong scale, a swapped nibble or a missing rotation gives 0.3 and more
+_RUN_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """An exported file's logits against the dequantized model's: (positions, V) each.
+
+    Attributes:
+        max_abs: Largest difference of a logit.
+        rms_ratio: Root mean square of the difference over the logits' standard deviation.
+        top1: Share of positions with the same most likely token.
+    """
+
+    positions: int
+    max_abs: float
+    rms_ratio: float
+    top1: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers for a metrics file."""
+        return {name: round(float(value), 7) for name, value in asdict(self).items()}
+
+
+def compare_logits(expected: FloatArray, found: FloatArray) -> Parity:
+    """Compare (N, V) logits."""
+    difference = found.astype(np.float64) - expected
+    return Parity(
+        len(expected),
+        float(np.abs(difference).max()),
+        float(np.sqrt((difference**2).mean()) / expected.std()),
+        float((expected.argmax(axis=1) == found.argmax(axis=1)).mean()),
+    )
+
+
+def require_parity(name: str, expected: FloatArray, found: FloatArray) -> Parity:
+    """The comparison of a golden-vector run.
+
+    Raises:
+        ExportError: The logits are all zero, not finite, or not those of the dequantized model.
+    """
+    if not np.isfinite(found).all() or not np.abs(found).max() > 0:
+        raise ExportError(f"{name}: the runtime returned all-zero or non-finite logits; the file must not ship")
+    parity = compare_logits(expected, found)
+    if parity.rms_ratio > RMS_RATIO_LIMIT:
+        raise ExportError(
+            f"{name}: logits differ from the dequantized model by {parity.rms_ratio:.3f} of their standard deviation"
+            f" (limit {RMS_RATIO_LIMIT}); the file must not ship"
+        )
+    return parity
+
+
+def require_same_weights(name: str, expected: Weights, found: Weights) -> None:
+    """Compare what a container's reader returned with what was to be stored, bit for bit.
+
+    Raises:
+        ExportError: A tensor is missing, or a code or a scale differs.
+    """
+    if missing := sorted(set(expected) ^ set(found)):
+        raise ExportError(f"{name}: tensors differ: {', '.join(missing[:5])}")
+    for tensor, value in expected.items():
+        other = found[tensor]
+        if isinstance(value, QuantizedTensor) and isinstance(other, QuantizedTensor):
+            same = (
+                value.shape == other.shape
+                and np.array_equal(_bits(value)[0], _bits(other)[0])
+                and np.array_equal(_bits(value)[1], _bits(other)[1])
+            )
+        else:
+            same = not isinstance(value, QuantizedTensor) and np.array_equal(value, other)  # type: ignore[arg-type]
+        if not same:
+            raise ExportError(f"{name}: {tensor} differs from the stored codes")
+
+
+def load_dequantized(model: Any, weights: Weights) -> Any:
+    """Put what the codes mean into a transformers model of the same sizes, in place (padding cut off)."""
+    import torch
+
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in weights.items():
+            array = dequantize(value) if isinstance(value, QuantizedTensor) else value
+            target = state[name]
+            target.copy_(torch.from_numpy(array[tuple(slice(size) for size in target.shape)].copy()))
+    return model
+
+
+def run_bench(python: Path, package: Path, container: str, *, threads: int, arguments: Sequence[str]) -> Any:
+    """Run ``python -m edge_runtime bench --json`` in a fresh process and return its JSON.
+
+    Raises:
+        BackendError: The process failed; its last line is in the message.
+    """
+    return run_edge(python, "bench", package, container, threads=threads, arguments=arguments)
+
+
+def run_edge(
+    python: Path, command: str, package: Path, container: str, *, threads: int, arguments: Sequence[str]
+) -> Any:
+    """Run one command of edge_runtime with ``--json`` in a fresh process of any interpreter.
+
+    Raises:
+        BackendError: The process failed or printed no JSON.
+    """
+    root = Path(__file__).resolve().parent.parent.parent
+    line = [
+        str(python), "-m", "edge_runtime", command, "--package", str(package), "--container", container,
+        "--threads", str(threads), "--json", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, env=_environment(root), check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"{container} in {python}: exit {done.returncode}: {last}")
+    try:
+        return json.loads(done.stdout)
+    except ValueError as error:
+        raise BackendError(f"{container} in {python}: printed no JSON") from error
+
+
+def _environment(root: Path) -> Mapping[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1"}
+
+
+def _bits(tensor: QuantizedTensor) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    return tensor.codes[:, : tensor.columns], tensor.scales.view(np.uint16)

@@ -1,0 +1,216 @@
+"""The stages in order: what each reads, writes and depends on, and one way to run them.
+
+dvc.yaml says the same for DVC; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.formats.errors import UserError
+from pipeline.artifacts import (
+    PROJECT,
+    Layout,
+    StageRun,
+    atomic_directory,
+    fingerprint,
+    recorded_fingerprint,
+    sole_writer,
+    write_record,
+)
+from pipeline.config import Config
+from pipeline.progress import CONSOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        sections: Parts of the configuration, or single settings, that its result depends on.
+        code: Source files and folders that its result depends on, besides its own module.
+        inputs: Outputs of earlier stages, by stage name.
+        folder: Its output below the layout's root; ``{}`` stands for the submodel.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    code: tuple[str, ...]
+    inputs: tuple[str, ...]
+    folder: str
+
+    @property
+    def per_submodel(self) -> bool:
+        """Whether it runs once for each submodel."""
+        return "{}" in self.folder
+
+    def output(self, layout: Layout, submodel: str) -> Path:
+        """Where its finished output is."""
+        return layout.root / self.folder.format(submodel)
+
+
+_TRAINING = tuple(
+    f"distill.{key}"
+    for key in ("sequence_tokens", "weight_decay", "warmup_ratio", "precision", "checkpoint_every_steps")
+)
+_SIGNAL = tuple(f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision"))
+_FORMATS = "edge_runtime/formats"
+_MODELS = ("pipeline/distillation", _FORMATS)
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("clean", ("data",), ("pipeline/data",), (), "artifacts/corpus"),
+        Stage(
+            "teacher", ("teacher", *_TRAINING, "seed", "threads"), (*_MODELS, "pipeline/data"), ("clean",),
+            "artifacts/teacher",
+        ),
+        Stage(
+            "targets", (*_SIGNAL, "runtime.evaluation_sequences", "seed", "threads"), (*_MODELS, "pipeline/data"), ("clean", "teacher"),
+            "artifacts/targets",
+        ),
+        Stage(
+            "distill", ("submodel", "distill", "seed", "threads"), _MODELS, ("teacher", "targets"),
+            "artifacts/students/{}",
+        ),
+        Stage(
+            "quantize", ("quantize", "export"), ("pipeline/quantization", "pipeline/export", _FORMATS), ("distill",),
+            "artifacts/weights/{}",
+        ),
+        Stage(
+            "export", ("export", "runtime", "submodel"), ("pipeline/export", "edge_runtime"),
+            ("teacher", "targets", "distill", "quantize"), "artifacts/exports/{}",
+        ),
+        Stage(
+            "evaluate", ("export", "runtime", "gate", "submodel"), ("pipeline/export", "edge_runtime"),
+            ("targets", "distill", "quantize", "export"), "artifacts/evaluations/{}",
+        ),
+        Stage(
+            "package", ("export", "runtime", "submodel"), ("pipeline/report", _FORMATS), ("export", "evaluate"),
+            "artifacts/packages/{}",
+        ),
+        Stage("report", ("family", "runtime"), ("pipeline/report",), ("evaluate", "package"), "artifacts/report"),
+        Stage("register", ("track",), ("pipeline/tracking.py",), ("package", "report"), "artifacts/register"),
+    )
+}  # fmt: skip
+SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
+
+
+def stage_names() -> list[str]:
+    """What ``stage=`` takes."""
+    return [*STAGES, "ship"]
+
+
+def planned(configs: dict[str, Config]) -> Iterator[tuple[Stage, Config]]:
+    """Every execution of a whole run, in order."""
+    first = next(iter(configs.values()))
+    for stage in STAGES.values():
+        if stage.name in SHIP[1:]:
+            continue
+        if stage.name == SHIP[0]:
+            yield from ((STAGES[name], config) for config in configs.values() for name in SHIP)
+        elif stage.per_submodel:
+            yield from ((stage, config) for config in configs.values())
+        else:
+            yield stage, first
+
+
+def stage_fingerprint(stage: Stage, config: Config, layout: Layout) -> str:
+    """Digest of everything the stage's result depends on."""
+    values = {section: _setting(config.model_dump(mode="json"), section) for section in stage.sections}
+    code = [PROJECT / f"pipeline/stages/{stage.name}.py", *(PROJECT / path for path in stage.code)]
+    return fingerprint(stage.name, values, _external(stage, config), code=code, inputs=_input_paths(stage, config, layout))
+
+
+def why_run(stage: Stage, config: Config, layout: Layout) -> str | None:
+    """Why the stage would run now, or None when its output is current."""
+    recorded = recorded_fingerprint(stage.output(layout, config.submodel.name))
+    if recorded is None:
+        return "no finished output"
+    if recorded != stage_fingerprint(stage, config, layout):
+        return "settings, code or inputs changed"
+    return None
+
+
+def execute(stage: Stage, config: Config, layout: Layout) -> bool:
+    """Run a stage unless its output is current.
+
+    Returns:
+        Whether it ran.
+
+    Raises:
+        UserError: An earlier stage has not run, or another process writes this output.
+    """
+    submodel = config.submodel.name if stage.per_submodel else None
+    label = f"{stage.name} {submodel}" if submodel else stage.name
+    with sole_writer(layout, stage.name, submodel):
+        for name in stage.inputs:
+            _require_input(STAGES[name], stage, config, layout)
+        if why_run(stage, config, layout) is None:
+            CONSOLE.print(f"{label}: current, skipped")
+            return False
+        digest = stage_fingerprint(stage, config, layout)
+        prepare_process(config)
+        CONSOLE.print(f"{label} ...")
+        with atomic_directory(stage.output(layout, config.submodel.name)) as output:
+            run = StageRun(config, layout, output, layout.checkpoint(stage.name, digest))
+            import_module(f"pipeline.stages.{stage.name}").run(run)
+            write_record(output, stage.name, digest)
+    return True
+
+
+def prepare_process(config: Config) -> None:
+    """Fix thread counts and determinism; keep libraries quiet and at home."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DISABLE_TELEMETRY", "1")
+    if config.teacher.kind != "hub":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def _setting(values: Any, path: str) -> Any:
+    """``distill.steps`` out of a nested configuration; a path that this variant lacks is None."""
+    for key in path.split("."):
+        values = values.get(key)
+    return values
+
+
+def _require_input(needed: Stage, stage: Stage, config: Config, layout: Layout) -> None:
+    names = config.family if needed.per_submodel and not stage.per_submodel else [config.submodel.name]
+    for name in names:
+        if recorded_fingerprint(needed.output(layout, name)) is None:
+            raise UserError(
+                "stage", stage.name, f"after {needed.name} ({needed.output(layout, name)} is not finished)",
+                f"run python -m pipeline stage={needed.name}" + (f" submodel={name}" if needed.per_submodel else ""),
+            )  # fmt: skip
+
+
+def _input_paths(stage: Stage, config: Config, layout: Layout) -> list[Path]:
+    paths = []
+    for needed in (STAGES[name] for name in stage.inputs):
+        names = config.family if needed.per_submodel and not stage.per_submodel else [config.submodel.name]
+        paths += [needed.output(layout, name) for name in names]
+    return paths
+
+
+def _external(stage: Stage, config: Config) -> list[str]:
+    """Files outside the project that a stage reads, as name, size and time of change."""
+    roots = {"clean": config.data.path, "teacher": getattr(config.teacher, "path", None)}
+    root = roots.get(stage.name)
+    if root is None or not root.exists():
+        return []
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]

@@ -1,0 +1,133 @@
+"""evaluate: the exported files, in fresh processes of edge_runtime, against the fp student and the teacher.
+
+Each container is scored on the held-out sequences and timed; the gate's verdict is part of the result.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifacts import StageRun, read_json, write_json
+from pipeline.config import GateConfig
+from pipeline.distillation.scoring import agreement, kl_from_draws
+from pipeline.export.assembly import trial_package
+from pipeline.export.parity import run_bench, run_edge
+from pipeline.progress import progress
+from pipeline.stages.export import legacy_python
+from pipeline.stages.quantize import WEIGHTS_FILE, load_student
+
+_BENCH_PROMPT_TOKENS = 32
+
+
+def run(run: StageRun) -> None:
+    """Write evaluation.json (also as this stage's metrics): figures by container, samples, verdict."""
+    config = run.config
+    quantized = read_json(run.layout.metrics("quantize", run.submodel))
+    exported = read_json(run.layout.metrics("export", run.submodel))
+    distilled = read_json(run.layout.metrics("distill", run.submodel))
+    exports, weights = run.layout.exports(run.submodel), run.layout.weights(run.submodel) / WEIGHTS_FILE
+    packages: dict[str, Any] = {}
+    samples: dict[str, str] = {}
+    with (
+        trial_package(config, exports=exports, weights=weights) as package,
+        progress(f"evaluate {run.submodel}", len(config.export.containers)) as report,
+    ):
+        for done, container in enumerate(config.export.containers, 1):
+            figures, samples[container] = _measure(run, package, container)
+            packages[container] = {**exported[container], **figures}
+            report(done, container)
+    result = {
+        "params": quantized["params"],
+        "fp16_weight_bytes": quantized["fp16_weight_bytes"],
+        "perplexity_fp": distilled["perplexity"],
+        "kl_to_teacher": distilled["kl_to_teacher"],
+        "kl_to_teacher_from_scratch": distilled.get("from_scratch", {}).get("kl_to_teacher"),
+        "packages": packages,
+        "samples": samples,
+    }
+    reasons = gate_reasons(result, config.gate)
+    result["gate"] = {"passed": not reasons, "reasons": reasons}
+    write_json(run.output / "evaluation.json", result)
+    write_json(run.layout.metrics("evaluate", run.submodel), result)
+
+
+def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
+    """Why a submodel must not be registered; empty when it may be."""
+    reasons = []
+    limits = {"onnx": gate.onnx_weight_ratio_max, "tflite": gate.tflite_weight_ratio_max}
+    for container in gate.containers:
+        if (figures := result["packages"].get(container)) is None:
+            continue
+        ratio = figures["perplexity"] / result["perplexity_fp"]
+        if ratio > gate.perplexity_ratio_max:
+            reasons.append(f"{container}: perplexity {ratio:.3f} of fp, allowed {gate.perplexity_ratio_max}")
+        if figures["top1_to_fp"] < gate.top1_to_fp_min:
+            reasons.append(f"{container}: top-1 {figures['top1_to_fp']:.3f}, at least {gate.top1_to_fp_min}")
+        share = figures["weight_bytes"] / result["fp16_weight_bytes"]
+        if share > limits.get(container, 1.0):
+            reasons.append(f"{container}: weights {share:.4f} of fp16, allowed {limits[container]}")
+    if not set(gate.containers) & set(result["packages"]):
+        reasons.append(f"none of the gated containers was made: {', '.join(gate.containers)}")
+    scratch = result["kl_to_teacher_from_scratch"]
+    if gate.beats_from_scratch and (scratch is None or result["kl_to_teacher"] >= scratch):
+        reasons.append(f"KL to the teacher {result['kl_to_teacher']}, from scratch {scratch}: not better")
+    return reasons
+
+
+def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, float], str]:
+    """Score, time and sample one container."""
+    config, targets = run.config, run.layout.targets
+    python = legacy_python(run) if container == "tflite_legacy" else Path(sys.executable)
+    threads = config.runtime.threads
+    sequences = np.load(targets / "held_out.npy")[:, : config.export.context_tokens]
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "tokens.npy", sequences)
+        logits = Path(folder) / "logits.npy"
+        prompt = min(_BENCH_PROMPT_TOKENS, config.export.context_tokens // 4)
+        tokens = min(config.runtime.bench_tokens, config.export.context_tokens - prompt)
+        measured = run_bench(
+            python, package, container, threads=threads,
+            arguments=["--prompt-tokens", str(prompt), "--tokens", str(tokens), "--repeat", "3",
+                       "--score", f"{folder}/tokens.npy", "--logits-out", str(logits)],
+        )  # fmt: skip
+        found = np.load(logits, mmap_mode="r", allow_pickle=False)
+        quality = _quality(run, sequences, found)
+    sample = run_edge(
+        python, "generate", package, container, threads=threads,
+        arguments=["--prompt", config.runtime.prompt, "--max-tokens", str(config.runtime.max_tokens), "--temperature",
+                   "0"],
+    )  # fmt: skip
+    speed = {
+        "tokens_per_s": round(measured["decode_tokens_per_s_median"], 1),
+        "prefill_tokens_per_s": round(measured["prefill_tokens_per_s_median"], 1),
+        "load_s": round(measured["load_s"], 4),
+        "peak_rss_bytes": measured["peak_rss_bytes"],
+    }
+    return {**quality, "perplexity": round(measured["perplexity"], 4), **speed}, sample["text"]
+
+
+def _quality(run: StageRun, sequences: NDArray[np.int32], found: NDArray[np.float32]) -> dict[str, float]:
+    from pipeline.stages.distill import model_logits
+
+    targets, length = run.layout.targets, sequences.shape[1]
+    student = load_student(run)
+    to_fp = agreement(model_logits(student, sequences), _rows(found))
+    draws, log_p, top1 = (np.load(targets / f"held_out_{name}.npy")[:, :length] for name in ("draws", "log_p", "top1"))
+    return {
+        "kl_to_fp": round(to_fp.kl, 6),
+        "top1_to_fp": round(to_fp.top1, 6),
+        "kl_to_teacher": round(kl_from_draws(_rows(found), draws, log_p), 6),
+        "top1_to_teacher": round(float((found.argmax(axis=-1) == top1).mean()), 6),
+    }
+
+
+def _rows(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    for row in logits:
+        yield np.asarray(row)

@@ -1,0 +1,192 @@
+"""export: every container from one set of codes, each read back and run before it may ship."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.errors import UserError
+from edge_runtime.formats.int4 import Weights, load_weights
+from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
+from pipeline.artifacts import PROJECT, StageRun, write_json
+from pipeline.export.assembly import EXPORT_FILE, seal
+from pipeline.export.lora_slots import LoraSlots
+from pipeline.export.parity import (
+    compare_logits,
+    load_dequantized,
+    require_parity,
+    require_same_weights,
+    run_bench,
+)
+from pipeline.progress import progress
+from pipeline.stages.quantize import LEGACY_FILE, WEIGHTS_FILE, load_student
+
+_EXACT_CHECK_BYTES = 500_000_000
+_GOLDEN_TOKENS, _GOLDEN_TOP = 16, 8
+
+
+def run(run: StageRun) -> None:
+    """Write the containers, the tokenizer and golden vectors; refuse files that do not compute the codes."""
+    config, weights_dir = run.config, run.layout.weights(run.submodel)
+    require_legacy_python(run)
+    _write_common(run)
+    sources = {"onnx": WEIGHTS_FILE, "tflite": WEIGHTS_FILE, "tflite_legacy": LEGACY_FILE}
+    metrics: dict[str, Any] = {}
+    with progress(f"export {run.submodel}", len(config.export.containers)) as report:
+        for done, container in enumerate(config.export.containers, 1):
+            metrics[container] = _write_container(run, container, weights_dir / sources[container])
+            report(done, container)
+    tokens = _parity_tokens(run)
+    for container in config.export.containers:
+        expected = _dequantized_logits(run, weights_dir / sources[container], tokens)
+        found = _shipped_logits(run, container, tokens)
+        metrics[container] |= require_parity(container, _rows(expected), _rows(found)).to_dict()
+        if container == config.export.containers[0]:
+            _write_golden(run, tokens, expected)
+        if container == "onnx" and metrics["onnx"]["weight_bytes"] < _EXACT_CHECK_BYTES:
+            exact = _exact_onnx_logits(run, weights_dir / WEIGHTS_FILE, tokens)
+            metrics["onnx"]["exact_max_abs"] = compare_logits(_rows(expected), _rows(exact)).max_abs
+    write_json(run.layout.metrics("export", run.submodel), metrics)
+
+
+def require_legacy_python(run: StageRun) -> None:
+    """Refuse early what could not be verified at the end.
+
+    Raises:
+        UserError: The legacy container is wanted and its environment is missing.
+    """
+    if "tflite_legacy" in run.config.export.containers and not legacy_python(run).exists():
+        raise UserError(
+            "export.legacy_python", str(run.config.export.legacy_python), "a Python with tflite-runtime 2.14",
+            "make setup, or export.containers=[onnx,tflite]",
+        )  # fmt: skip
+
+
+def legacy_python(run: StageRun) -> Path:
+    """The interpreter of the numpy<2 environment; a relative path counts from the project."""
+    return PROJECT / run.config.export.legacy_python
+
+
+def _write_common(run: StageRun) -> None:
+    from transformers import AutoConfig
+
+    from pipeline.distillation.teachers import eos_ids
+
+    spec, _ = load_weights(run.layout.weights(run.submodel) / WEIGHTS_FILE)
+    model_config = AutoConfig.from_pretrained(run.layout.student(run.submodel), local_files_only=True)
+    shutil.copy2(run.layout.teacher / "tokenizer.json", run.output / "tokenizer.json")
+    if (template := run.layout.teacher / CHAT_TEMPLATE_FILE).exists():
+        shutil.copy2(template, run.output / CHAT_TEMPLATE_FILE)
+    bos = model_config.bos_token_id if isinstance(model_config.bos_token_id, int) else None
+    exported = {"decoder": spec.to_dict(), "bos": bos, "eos": eos_ids(model_config)}
+    write_json(run.output / EXPORT_FILE, exported)
+
+
+def _write_container(run: StageRun, container: str, source: Path) -> dict[str, int]:
+    """Write, read back bit for bit, and count bytes from the file."""
+    export = run.config.export
+    spec, weights = load_weights(source)
+    lora = LoraSlots(tuple(export.lora_targets), export.lora_rank) if export.lora_targets else None
+    folder = run.output / container
+    folder.mkdir()
+    if container == "onnx":
+        from pipeline.export.onnx_graph import MODEL_FILE, write_onnx
+        from pipeline.export.onnx_reader import read_onnx_weights
+        from pipeline.export.onnx_reader import weight_bytes as onnx_weight_bytes
+
+        write_onnx(folder, spec, weights, lora=lora, accuracy_level=export.accuracy_level)
+        require_same_weights(container, weights, read_onnx_weights(folder / MODEL_FILE))
+        stored = onnx_weight_bytes(folder / MODEL_FILE)
+    else:
+        from pipeline.export.tflite_graph import write_tflite
+        from pipeline.export.tflite_reader import read_tflite_weights, weight_bytes
+
+        profile = "legacy" if container == "tflite_legacy" else "current"
+        path = folder / "model.tflite"
+        write_tflite(path, spec, weights, profile=profile, lora=lora, prefill_tokens=export.prefill_tokens)  # type: ignore[arg-type]
+        require_same_weights(container, weights, read_tflite_weights(path))
+        stored = weight_bytes(path)
+    files = sum(path.stat().st_size for path in folder.iterdir())
+    return {"file_bytes": files, "weight_bytes": stored}
+
+
+def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
+    """(S, T) held-out tokens with at least ``parity_positions`` positions."""
+    held_out = np.load(run.layout.targets / "held_out.npy")
+    length = min(held_out.shape[1], run.config.export.parity_positions)
+    return held_out[: -(-run.config.export.parity_positions // length), :length]
+
+
+def _dequantized_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    from pipeline.stages.distill import model_logits
+
+    _, weights = load_weights(source)
+    return np.stack(list(model_logits(load_dequantized(load_student(run), weights), tokens)))
+
+
+def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits of the file in its runtime: ours in this process, the legacy one in its own environment."""
+    if container != "tflite_legacy":
+        return _backend_logits(run, container, run.output / container, tokens)
+    weights = run.layout.weights(run.submodel) / WEIGHTS_FILE
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "package"
+        shutil.copytree(run.output, package, ignore=shutil.ignore_patterns(EXPORT_FILE))
+        seal(package, run.config, exports=run.output, weights=weights)
+        np.save(Path(folder) / "tokens.npy", tokens)
+        logits = Path(folder) / "logits.npy"
+        run_bench(
+            legacy_python(run), package, container, threads=run.config.runtime.threads,
+            arguments=["--repeat", "0", "--score", f"{folder}/tokens.npy", "--logits-out", str(logits)],
+        )  # fmt: skip
+        return np.asarray(np.load(logits, allow_pickle=False))
+
+
+def _backend_logits(run: StageRun, container: str, folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    from edge_runtime.backends import open_backend
+
+    spec, _ = load_weights(run.layout.weights(run.submodel) / WEIGHTS_FILE)
+    backend = open_backend(container, folder, spec, threads=run.config.runtime.threads)
+    try:
+        cache = backend.allocate(tokens.shape[1])
+        rows = []
+        for row in tokens.tolist():
+            cache.truncate(0)
+            rows.append(backend.prefill(row, cache, all_logits=True).copy())
+        return np.stack(rows)
+    finally:
+        backend.close()
+
+
+def _exact_onnx_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The same codes with activations kept in fp32 (accuracy level 0): what the graph itself computes."""
+    from pipeline.export.onnx_graph import write_onnx
+
+    spec, weights = load_weights(source)
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(Path(folder), spec, weights, lora=None, accuracy_level=0)
+        return _backend_logits(run, "onnx", Path(folder), tokens)
+
+
+def _write_golden(run: StageRun, tokens: NDArray[np.int32], expected: NDArray[np.float32]) -> None:
+    """A prompt and the most likely next tokens, so that a device can check what it installed."""
+    prompt = tokens[0, :_GOLDEN_TOKENS]
+    last = expected[0, len(prompt) - 1]
+    top = np.argsort(-last, kind="stable")[:_GOLDEN_TOP]
+    golden = {
+        "tokens": prompt.tolist(),
+        "top_ids": top.tolist(),
+        "top_logits": [round(float(last[index]), 4) for index in top],
+        "logits_std": round(float(last.std()), 4),
+    }
+    (run.output / GOLDEN_FILE).write_text(json.dumps(golden, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _rows(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return logits.reshape(-1, logits.shape[-1])

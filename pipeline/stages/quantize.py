@@ -1,0 +1,63 @@
+"""quantize: the codes that every container is packed from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.formats.int4 import QuantizedTensor, save_weights
+from pipeline.artifacts import StageRun, write_json
+from pipeline.progress import progress
+from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor, relative_error
+
+WEIGHTS_FILE, LEGACY_FILE = "weights.safetensors", "legacy.safetensors"
+
+
+def run(run: StageRun) -> None:
+    """Write weights.safetensors, and legacy.safetensors when the legacy container is made."""
+    from pipeline.export.checkpoint import float_weights, spec_of
+
+    config, settings = run.config, run.config.quantize
+    model = load_student(run)
+    spec, floats = pad_intermediate(
+        spec_of(model, config.export.context_tokens), float_weights(model), settings.group
+    )
+    positive = "tflite" in config.export.containers
+    codes: dict[str, Any] = {}
+    legacy: dict[str, Any] = {}
+    errors: dict[str, float] = {}
+    with progress(f"quantize {run.submodel}", len(floats)) as report:
+        for done, (name, weight) in enumerate(floats.items(), 1):
+            if weight.ndim != 2:
+                codes[name] = legacy[name] = weight
+                continue
+            codes[name] = quantize_tensor(
+                weight, bits=settings.bits, group=settings.group, rounding=settings.rounding, positive_scales=positive
+            )
+            legacy[name] = quantize_per_tensor(weight)
+            errors[name] = round(relative_error(weight, codes[name]), 8)
+            report(done, name)
+    save_weights(run.output / WEIGHTS_FILE, spec, codes)
+    if "tflite_legacy" in config.export.containers:
+        save_weights(run.output / LEGACY_FILE, spec, legacy)
+    packed = sum(value.weight_bytes for value in codes.values() if isinstance(value, QuantizedTensor))
+    unique = sum(parameter.numel() for parameter in model.parameters())
+    metrics = {
+        "relative_error_mean": round(float(np.mean(list(errors.values()))), 8),
+        "relative_error": errors,
+        "code_and_scale_bytes": packed,
+        "fp16_weight_bytes": 2 * unique,
+        "params": unique,
+    }
+    write_json(run.layout.metrics("quantize", run.submodel), metrics)
+
+
+def load_student(run: StageRun) -> Any:
+    """The fp32 student that the distill stage wrote."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = run.layout.student(run.submodel)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    return model.eval()
