@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from edge_runtime.formats.package import MODEL_CARD_FILE
-from pipeline.artifacts import StageRun, read_json, write_json
+from pipeline.artifacts import StageRun, file_digest, read_json, write_json
 from pipeline.report.page import write_page
 from pipeline.stages.package import family_facts
 
@@ -24,4 +24,5 @@ def run(run: StageRun) -> None:
     (reports / "cards").mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copy2(run.layout.package(name) / MODEL_CARD_FILE, reports / "cards" / f"{name}.md")
-    write_json(run.output / "report.json", {"family": names})
+    # What register depends on: DVC does not follow files that git keeps.
+    write_json(run.output / "report.json", {"family": file_digest(reports / "family.json")})
