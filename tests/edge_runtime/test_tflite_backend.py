@@ -56,7 +56,7 @@ def stepwise(path: Path) -> Floats:
     return np.stack([backend.decode(token, cache) for token in IDS])
 
 
-@pytest.mark.parametrize("lengths", [[200], [1, 199], [15, 16, 17, 1, 64, 63], [64, 1, 1], [3], [129, 71]])
+@pytest.mark.parametrize("lengths", [[200], [1, 199], [15, 16, 17, 1, 64, 63], [64, 1, 1], [1, 16, 1, 9, 1], [129, 71]])
 def test_prefill_in_any_pieces_answers_as_decode_does(
     backend: TfliteBackend, stepwise: Floats, lengths: list[int]
 ) -> None:
@@ -161,6 +161,15 @@ def test_adapter_changes_both_signatures_alike_and_none_restores_the_base(
     backend.set_adapter(None)
     cache.truncate(0)
     np.testing.assert_array_equal([backend.decode(token, cache) for token in IDS[:40]], stepwise[:40])
+
+
+def test_adapter_takes_effect_in_the_middle_of_a_sequence(backend: TfliteBackend) -> None:
+    cache = backend.allocate(10)
+    logits = backend.decode(5, cache)
+    cache.truncate(0)
+    backend.set_adapter(_adapter(rank=3))
+
+    assert np.abs(backend.decode(5, cache) - logits).max() > 0.5
 
 
 def test_smaller_rank_after_a_larger_one_leaves_nothing_behind(backend: TfliteBackend, path: Path) -> None:
