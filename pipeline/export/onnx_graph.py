@@ -143,7 +143,7 @@ def _rotary_tables(graph: _Graph) -> tuple[str, str]:
     """Cosines and sines (context_tokens, head_dim / 2) from the inverse frequencies."""
     spec = graph.spec
     limits = {"start": 0.0, "limit": float(spec.context_tokens), "delta": 1.0}
-    names = [graph.constant(f"rotary.{name}", np.float32(limit)) for name, limit in limits.items()]  # type: ignore[arg-type]
+    names = [graph.constant(f"rotary.{name}", np.array(limit, np.float32)) for name, limit in limits.items()]
     positions = graph.node("Range", names, "rotary.positions")
     column = graph.node("Unsqueeze", [positions, graph.constant("axis_1", np.array([1]))], "rotary.column")
     inv_freq = graph.constant("rotary.inv_freq", np.array(spec.inv_freq, np.float32))
