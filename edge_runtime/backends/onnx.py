@@ -281,7 +281,7 @@ def _open_session(path: Path, spec: DecoderSpec, threads: int) -> InferenceSessi
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _QUIET
     options.enable_cpu_mem_arena = False  # as fast here, and a long prefill's memory goes back to the system
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # halves decode on a busy machine
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning halves decode on a busy machine
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
