@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Conversation:
-    """What was said, and the ids whose keys and values the cache holds."""
+    """What was said, and the ids that the cache holds, the last one perhaps not yet."""
 
     cache: KVCache
     messages: list[Message] = field(default_factory=list)
@@ -83,7 +83,7 @@ def _answer(
     reused = reuse_prefix(cache, conversation.cached, ids)
     steps = generate(session.backend, cache, ids[reused:], params, eos=eos, decode=decoder_of(tokenizer), rng=rng)
     done = consume(steps, show=True)
-    conversation.cached = [*ids, *done.tokens][: cache.length_tokens]
+    conversation.cached = [*ids, *done.tokens]
     conversation.messages.append({"role": "assistant", "content": done.text})
 
 

@@ -69,7 +69,7 @@ def reuse_prefix(cache: KVCache, cached: Sequence[int], prompt: Sequence[int]) -
     Args:
         cache: Holds the earlier text.
         prompt: All ids of the next prefill, those in the cache included.
-        cached: The ids in the cache, ``cache.length_tokens`` of them.
+        cached: Ids of which the cache holds the first ``cache.length_tokens``.
     """
     shared = 0
     for old, new in zip(cached[: cache.length_tokens], prompt[: len(prompt) - 1], strict=False):

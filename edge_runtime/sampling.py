@@ -35,9 +35,8 @@ def sample_token(logits: NDArray[np.float32], params: SamplingParams, rng: np.ra
         return int(np.argmax(logits))
     kept, probabilities = _kept_probabilities(logits, params)
     cumulative = np.cumsum(probabilities)
-    position = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-    # Rounding can put the product on the total itself; the last kept token owns that end.
-    return int(kept[min(position, kept.size - 1)])
+    # A draw is below 1, and its product with the total rounds to less than the total: some entry exceeds it.
+    return int(kept[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
 def sample_tokens(
@@ -103,7 +102,6 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int
         order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
         before = np.cumsum(probabilities[order]) - probabilities[order]
         inside = before < top_p
-        inside[0] = True
         if not inside.all() or count >= probabilities.size:
             return np.sort(order[inside])
         count *= 8

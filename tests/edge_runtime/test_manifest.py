@@ -144,6 +144,7 @@ def test_a_value_out_of_bounds_is_refused_by_name(change: Callable[[dict[str, An
         "nul.txt",
         "onnx/COM1.bin",
         "trailing.json.",
+        "onnx./model.onnx",
         "spaced name.json",
         "tökenizer.json",
         "model.pkl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -56,8 +57,15 @@ def test_equal_logits_at_the_edge_of_top_k_all_stay() -> None:
 
 def test_equal_probabilities_enter_the_nucleus_by_id() -> None:
     assert np.flatnonzero(token_probabilities(np.zeros(8, np.float32), SamplingParams(top_p=0.3))).tolist() == [0, 1, 2]
-    many = np.flatnonzero(token_probabilities(np.zeros(4096, np.float32), SamplingParams(top_p=0.25)))
-    assert many.tolist() == list(range(1024))
+    logits = np.random.default_rng(2).integers(0, 3, 3000).astype(np.float32)
+    params = SamplingParams(top_p=0.8)
+    kept = np.flatnonzero(token_probabilities(logits, params)).tolist()
+    assert (
+        sorted(kept, key=lambda token: (-logits[token], token))
+        == sorted(range(3000), key=lambda token: (-logits[token], token))[: len(kept)]
+    )
+    # The border runs through the middle group of equals.
+    assert np.sum(logits == 2) < len(kept) < np.sum(logits >= 1)
 
 
 def test_greedy_takes_the_lowest_of_the_largest_and_draws_nothing() -> None:
@@ -77,13 +85,27 @@ def test_draws_are_numpys_own_choice(params: SamplingParams) -> None:
         assert sample_token(LOGITS, params, ours) == numpys.choice(expected.size, p=expected)
 
 
-def test_the_largest_draw_belongs_to_the_last_kept_token() -> None:
-    class Almost:
-        def random(self) -> float:
-            return math.nextafter(1.0, 0.0)
+@dataclass
+class Fixed:
+    """A generator that draws one number."""
 
-    logits = np.array([1.0, 0.9, -np.inf, 0.8, -np.inf], np.float32)
-    assert sample_token(logits, SamplingParams(), Almost()) == 3  # type: ignore[arg-type]
+    value: float
+
+    def random(self) -> float:
+        return self.value
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (math.nextafter(1.0, 0.0), 3)])
+def test_a_draw_on_a_border_belongs_to_the_token_above_it(draw: float, token: int) -> None:
+    logits = np.array([-np.inf, 1, -np.inf, 1, -np.inf], np.float32)
+    assert sample_token(logits, SamplingParams(), Fixed(draw)) == token  # type: ignore[arg-type]
+
+
+def test_the_largest_draw_is_always_inside() -> None:
+    for seed in range(200):
+        logits = np.random.default_rng(seed).normal(0, 9, 97).astype(np.float32)
+        last = sample_token(logits, SamplingParams(), Fixed(math.nextafter(1.0, 0.0)))  # type: ignore[arg-type]
+        assert token_probabilities(logits, SamplingParams())[last] > 0
 
 
 def test_a_tiny_temperature_does_not_overflow() -> None:

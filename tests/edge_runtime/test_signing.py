@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from edge_runtime.formats import signing
 from edge_runtime.formats.errors import SignatureError, UserError
 from edge_runtime.formats.signing import (
     KEY_FILE,
@@ -73,6 +74,26 @@ def test_two_processes_at_first_use_agree_on_one_key(config_dir: Path) -> None:
     printed = {child.communicate()[0].strip() for child in children}
     assert len(printed) == 1
     assert set(load_trust(config_dir).keys) == printed
+
+
+def test_the_key_of_the_process_that_came_second_is_thrown_away(
+    config_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = Ed25519PrivateKey.generate
+    first: list[Ed25519PrivateKey] = []
+
+    class Late:
+        """Another process finishes its key while this one makes its own."""
+
+        @staticmethod
+        def generate() -> Ed25519PrivateKey:
+            monkeypatch.setattr(signing, "Ed25519PrivateKey", Ed25519PrivateKey)
+            first.append(signing_key(config_dir))
+            return generate()
+
+    monkeypatch.setattr(signing, "Ed25519PrivateKey", Late)
+    assert signing_key(config_dir).private_bytes_raw() == first[0].private_bytes_raw()
+    assert list(load_trust(config_dir).keys) == [fingerprint(first[0].public_key())]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes")
