@@ -80,13 +80,8 @@ class TfliteBackend:
             BackendError: No runtime is installed, or the file is damaged or not a decoder of this shape.
         """
         interpreter_class = _import_interpreter()
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if file.read(8)[4:] == b"TFL3":
-                return cls._load(interpreter_class, path, spec, threads)
-        raise BackendError(f"{path}: not a readable TFLite file; fetch or export the package again")
-
-    @classmethod
-    def _load(cls, interpreter_class: Any, path: Path, spec: DecoderSpec, threads: int) -> TfliteBackend:
+        if not _is_tflite(path):
+            raise BackendError(f"{path}: not a readable TFLite file; fetch or export the package again")
         try:
             with _silenced_stderr():
                 return cls(interpreter_class(model_path=str(path), num_threads=threads), spec)
@@ -341,6 +336,15 @@ def _reported_errors() -> Iterator[None]:
         raise BackendError(f"the TFLite runtime failed: {' '.join(str(error).split())}") from error
 
 
+def _is_tflite(path: Path) -> bool:
+    """Whether the file starts as one. LiteRT verifies the rest; the old runtime relies on the package's digests."""
+    try:
+        with path.open("rb") as file:
+            return file.read(8)[4:] == b"TFL3"
+    except OSError:
+        return False
+
+
 def _import_interpreter() -> Any:
     for module in RUNTIMES:
         with contextlib.suppress(ImportError):
@@ -350,7 +354,10 @@ def _import_interpreter() -> Any:
 
 @contextlib.contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """Keep the runtime's greeting off the terminal: it has no log level, and its errors are raised anyway."""
+    """Keep the runtime's greeting off the terminal: it has no log level, and its errors are raised anyway.
+
+    The whole process is silent meanwhile, since the greeting is written to the file descriptor.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:

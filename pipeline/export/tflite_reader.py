@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,8 @@ def weight_bytes(path: Path) -> int:
     Raises:
         ExportError: The file is not a TFLite model.
     """
-    buffers = {stored.buffer: stored.data.nbytes for stored in _open(path).tensors if _is_weight(stored.name)}
-    scales_in_tables = sum(
-        stored.table_scales.nbytes for stored in _first_of_each_buffer(_open(path).tensors) if _is_weight(stored.name)
-    )
-    return sum(buffers.values()) + scales_in_tables
+    weights = [stored for stored in _open(path).tensors if _is_weight(stored.name)]
+    return sum({stored.buffer: stored.data.nbytes + stored.table_scales.nbytes for stored in weights}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,8 @@ def _open(path: Path) -> _Contents:
         }
         # Signatures share their weights: the primary subgraph names them all.
         return _Contents(list(_constants(model, model.Subgraphs(0))), metadata)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ExportError(f"{path}: damaged TFLite file ({error})") from error
-    except Exception as error:  # struct.error, raised where an offset points outside the file
-        raise ExportError(f"{path}: cut TFLite file ({error})") from error
+    except (struct.error, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ExportError(f"{path}: damaged or cut TFLite file ({error})") from error
 
 
 def _constants(model: schema.Model, graph: schema.SubGraph) -> Iterator[_Stored]:
@@ -110,14 +106,6 @@ def _scales(quantization: schema.QuantizationParameters | None) -> tuple[int | N
 
 def _is_weight(name: str) -> bool:
     return name.startswith(("model.", f"{HEAD}."))
-
-
-def _first_of_each_buffer(tensors: list[_Stored]) -> Iterator[_Stored]:
-    seen: set[int] = set()
-    for stored in tensors:
-        if stored.buffer not in seen:
-            seen.add(stored.buffer)
-            yield stored
 
 
 def _decode(stored: _Stored, tensors: list[_Stored], columns: dict[str, int]) -> QuantizedTensor | NDArray[np.float32]:
