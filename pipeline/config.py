@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_runtime.formats.errors import ConfigError
@@ -141,7 +141,7 @@ class ExportConfig(_Strict):
     containers: Annotated[list[Container], Field(min_length=1)]
     context_tokens: Annotated[int, Field(ge=16, le=131_072)]
     prefill_tokens: Annotated[int, Field(ge=2, le=1024)]
-    accuracy_level: Literal[0, 1, 4]
+    accuracy_level: Literal[0, 4]
     lora_targets: list[Projection]
     lora_rank: Annotated[int, Field(ge=1, le=256)]
     parity_positions: Annotated[int, Field(ge=8)]
@@ -227,9 +227,10 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         faults, usable = _split_overrides(overrides)
         try:
-            values = _compose(usable)
+            values, missing = _compose(usable)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError("\n".join([*faults, _one_line(error)])) from None
+        faults += [f"{key}: is missing; add {key}=VALUE" for key in missing]
         first, errors = _validate(values)
         if faults or errors or first is None:
             raise ConfigError("\n".join(dict.fromkeys([*faults, *errors])))
@@ -240,7 +241,7 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
             options = _options("submodel")
             if name not in options:
                 raise ConfigError(f"family: got {name!r}, allowed: {', '.join(options)}{_did_you_mean(name, options)}")
-            config, errors = _validate(_compose([*usable, f"submodel={name}"]))
+            config, errors = _validate(_compose([*usable, f"submodel={name}"])[0])
             if config is None:
                 raise ConfigError("\n".join(errors))
             configs[name] = config
@@ -253,9 +254,12 @@ def config_digest(configs: dict[str, Config]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    values = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+def _compose(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values, keys that conf/ leaves to the user and the user left out)."""
+    composed = compose("config", list(overrides))
+    values = OmegaConf.to_container(composed, resolve=True)
+    named = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    return named, sorted(OmegaConf.missing_keys(composed))
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -297,6 +301,8 @@ def _fault_line(fault: Any, values: dict[str, Any]) -> str:
         return f"{name}: no such key here"
     if fault["type"] == "value_error":
         return f"{name}: {fault['ctx']['error']}" if path else str(fault["ctx"]["error"])
+    if fault["type"] == "union_tag_invalid":
+        return f"{name}.kind: got {fault['ctx']['tag']!r}, allowed: {fault['ctx']['expected_tags']}"
     if fault["type"] == "missing":
         return f"{name}: is missing"
     return f"{name}: got {fault['input']!r}, allowed: {fault['msg'].removeprefix('Input should be ')}"
@@ -319,6 +325,4 @@ def _did_you_mean(word: str, candidates: Sequence[str]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: is missing; add {error.full_key}=VALUE"
     return " ".join(str(error).split())
