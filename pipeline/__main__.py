@@ -9,6 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import Layout
+    from pipeline.config import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
 HELP = """Sevenfold pipeline: text and a 7B checkpoint in, signed 4-bit submodels out.
@@ -88,7 +93,7 @@ def _is_chosen(name: str, wanted: str | None) -> bool:
     return wanted is None or name == wanted or (wanted == "ship" and name in SHIP)
 
 
-def _refuse_stage(wanted: str | None) -> None:
+def _refuse_stage(wanted: str | None) -> NoReturn:
     import difflib
 
     from edge_runtime.formats.errors import UserError
@@ -98,26 +103,27 @@ def _refuse_stage(wanted: str | None) -> None:
     raise UserError("stage", wanted, ", ".join(stage_names()), f"did you mean {close[0]}?" if close else "")
 
 
-def _reproduce(configs: object, layout: object) -> int:
+def _reproduce(configs: dict[str, Config], layout: Layout) -> int:
     """``dvc repro`` with this interpreter's programs first on PATH, then the table."""
     import subprocess
 
     from edge_runtime.formats.errors import UserError
-    from pipeline.artifacts import Layout
+    from pipeline.flow import STAGES, execute, planned
     from pipeline.plan import require_resources
-    from pipeline.flow import planned
     from pipeline.summary import print_summary
 
+    first = next(iter(configs.values()))
     programs = Path(sys.executable).parent
     if not (programs / "dvc").exists():
         raise UserError("dvc", "not installed", "the pipeline extra", "make setup, or pip install '.[pipeline]'")
-    require_resources(list(planned(configs)), layout)  # type: ignore[arg-type]
+    require_resources(list(planned(configs)), layout)
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run([programs / "dvc", "repro", "--quiet"], cwd=PROJECT, env=environment, check=False)
     if done.returncode:
         print("stopped; python -m pipeline goes on from here", file=sys.stderr)
         return done.returncode
-    assert isinstance(layout, Layout)
+    if not (PROJECT / first.track.store / "mlflow.db").exists():  # outside DVC's sight
+        execute(STAGES["register"], first, layout, force=True)
     print_summary(layout)
     return 0
 

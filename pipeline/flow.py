@@ -57,7 +57,9 @@ _TRAINING = tuple(
     f"distill.{key}"
     for key in ("sequence_tokens", "weight_decay", "warmup_ratio", "precision", "checkpoint_every_steps")
 )
-_SIGNAL = tuple(f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision"))
+_SIGNAL = tuple(
+    f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision")
+)
 _FORMATS = "edge_runtime/formats"
 _MODELS = ("pipeline/distillation", _FORMATS)
 STAGES = {
@@ -65,37 +67,58 @@ STAGES = {
     for stage in (
         Stage("clean", ("data",), ("pipeline/data",), (), "artifacts/corpus"),
         Stage(
-            "teacher", ("teacher", *_TRAINING, "seed", "threads"), (*_MODELS, "pipeline/data"), ("clean",),
+            "teacher",
+            ("teacher", *_TRAINING, "seed", "threads"),
+            (*_MODELS, "pipeline/data"),
+            ("clean",),
             "artifacts/teacher",
         ),
         Stage(
-            "targets", (*_SIGNAL, "runtime.evaluation_sequences", "seed", "threads"), (*_MODELS, "pipeline/data"), ("clean", "teacher"),
+            "targets",
+            (*_SIGNAL, "runtime.evaluation_sequences", "seed", "threads"),
+            (*_MODELS, "pipeline/data"),
+            ("clean", "teacher"),
             "artifacts/targets",
         ),
         Stage(
-            "distill", ("submodel", "distill", "seed", "threads"), _MODELS, ("teacher", "targets"),
+            "distill",
+            ("submodel", "distill", "seed", "threads"),
+            _MODELS,
+            ("teacher", "targets"),
             "artifacts/students/{}",
         ),
         Stage(
-            "quantize", ("quantize", "export"), ("pipeline/quantization", "pipeline/export", _FORMATS), ("distill",),
+            "quantize",
+            ("quantize", "export"),
+            ("pipeline/quantization", "pipeline/export", _FORMATS),
+            ("distill",),
             "artifacts/weights/{}",
         ),
         Stage(
-            "export", ("export", "runtime", "submodel"), ("pipeline/export", "edge_runtime"),
-            ("teacher", "targets", "distill", "quantize"), "artifacts/exports/{}",
+            "export",
+            ("export", "runtime", "submodel"),
+            ("pipeline/export", "edge_runtime"),
+            ("teacher", "targets", "distill", "quantize"),
+            "artifacts/exports/{}",
         ),
         Stage(
-            "evaluate", ("export", "runtime", "gate", "submodel"), ("pipeline/export", "edge_runtime"),
-            ("targets", "distill", "quantize", "export"), "artifacts/evaluations/{}",
+            "evaluate",
+            ("export", "runtime", "gate", "submodel"),
+            ("pipeline/export", "edge_runtime"),
+            ("targets", "distill", "quantize", "export"),
+            "artifacts/evaluations/{}",
         ),
         Stage(
-            "package", ("export", "runtime", "submodel"), ("pipeline/report", _FORMATS), ("export", "evaluate"),
+            "package",
+            ("export", "runtime", "submodel"),
+            ("pipeline/report", _FORMATS),
+            ("export", "evaluate"),
             "artifacts/packages/{}",
         ),
         Stage("report", ("family", "runtime"), ("pipeline/report",), ("evaluate", "package"), "artifacts/report"),
         Stage("register", ("track",), ("pipeline/tracking.py",), ("package", "report"), "artifacts/register"),
     )
-}  # fmt: skip
+}
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
 
 
@@ -122,7 +145,9 @@ def stage_fingerprint(stage: Stage, config: Config, layout: Layout) -> str:
     """Digest of everything the stage's result depends on."""
     values = {section: _setting(config.model_dump(mode="json"), section) for section in stage.sections}
     code = [PROJECT / f"pipeline/stages/{stage.name}.py", *(PROJECT / path for path in stage.code)]
-    return fingerprint(stage.name, values, _external(stage, config), code=code, inputs=_input_paths(stage, config, layout))
+    return fingerprint(
+        stage.name, values, _external(stage, config), code=code, inputs=_input_paths(stage, config, layout)
+    )
 
 
 def why_run(stage: Stage, config: Config, layout: Layout) -> str | None:
@@ -135,8 +160,8 @@ def why_run(stage: Stage, config: Config, layout: Layout) -> str | None:
     return None
 
 
-def execute(stage: Stage, config: Config, layout: Layout) -> bool:
-    """Run a stage unless its output is current.
+def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False) -> bool:
+    """Run a stage unless its output is current (``force`` runs it even then).
 
     Returns:
         Whether it ran.
@@ -149,7 +174,7 @@ def execute(stage: Stage, config: Config, layout: Layout) -> bool:
     with sole_writer(layout, stage.name, submodel):
         for name in stage.inputs:
             _require_input(STAGES[name], stage, config, layout)
-        if why_run(stage, config, layout) is None:
+        if not force and why_run(stage, config, layout) is None:
             CONSOLE.print(f"{label}: current, skipped")
             return False
         digest = stage_fingerprint(stage, config, layout)

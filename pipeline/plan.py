@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.artifacts import PROJECT, Layout, require_disk
-from pipeline.config import CheckpointTeacher, Config, FromScratchTeacher
+from pipeline.config import CheckpointTeacher, Config
 from pipeline.flow import SHIP, Stage, why_run
 
 _PROCESS_BYTES = 900_000_000  # torch, transformers and onnxruntime loaded
@@ -77,9 +77,10 @@ def estimate(stage: Stage, config: Config) -> Needs:
     if stage.name == "clean":
         return Needs(30e6, 0.3e9, 0, 15)
     if stage.name == "teacher":
-        steps = teacher.steps * teacher.batch_sequences * distill.sequence_tokens if _is_trained(teacher) else 0
-        own = params * 4.0 if _is_trained(teacher) else 20e6
-        return Needs(own * 4, _PROCESS_BYTES + own * 6, 6.0 * params * steps, _PROCESS_S)
+        if isinstance(teacher, CheckpointTeacher):
+            return Needs(20e6, _PROCESS_BYTES, 0, _PROCESS_S)
+        tokens = teacher.steps * teacher.batch_sequences * distill.sequence_tokens
+        return Needs(params * 16, _PROCESS_BYTES + params * 24, 6.0 * params * tokens, _PROCESS_S)
     loaded = params * {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}[getattr(teacher, "load", "fp32")]
     if stage.name == "targets":
         stored = distill.target_tokens * (4 + 4.0 * distill.draws)
@@ -91,10 +92,6 @@ def estimate(stage: Stage, config: Config) -> Needs:
         scored = 2.0 * student * config.runtime.evaluation_sequences * distill.sequence_tokens
         return Needs(student * _CONTAINERS_A_WEIGHT / len(SHIP), _PROCESS_BYTES + student * 12, scored, _PROCESS_S / 2)
     return Needs(50e6, 0.5e9, 0, _PROCESS_S)
-
-
-def _is_trained(teacher: Any) -> bool:
-    return isinstance(teacher, FromScratchTeacher)
 
 
 def _teacher_params(config: Config) -> float:
@@ -160,4 +157,10 @@ def _size(value: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.1f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )

@@ -64,7 +64,7 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
 def pack_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """(N, K) in [-8, 7] -> (N, K / 2): code + 8, low nibble first. K is even."""
     offset = (codes + 8).astype(np.uint8)
-    return offset[:, 0::2] | (offset[:, 1::2] << 4)
+    return (offset[:, 0::2] | (offset[:, 1::2] << 4)).astype(np.uint8, copy=False)
 
 
 def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.int8]:

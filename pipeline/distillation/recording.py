@@ -75,8 +75,8 @@ def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> to
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
     """Map a file for writing; an earlier run's file of the same shape is continued."""
     if path.exists():
-        existing = np.lib.format.open_memmap(path, mode="r+")  # type: ignore[no-untyped-call]
+        existing = np.lib.format.open_memmap(path, mode="r+")
         if existing.shape == shape and existing.dtype == dtype:
             return existing
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

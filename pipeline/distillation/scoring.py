@@ -38,7 +38,7 @@ def agreement(reference: Iterable[FloatArray], logits: Iterable[FloatArray]) -> 
     return Agreement(float(np.mean(np.concatenate(divergences))), float(np.mean(np.concatenate(matches))))
 
 
-def kl_from_draws(logits: Iterable[FloatArray], draws: NDArray[np.integer], log_p: FloatArray) -> float:  # type: ignore[type-arg]
+def kl_from_draws(logits: Iterable[FloatArray], draws: NDArray[np.integer], log_p: FloatArray) -> float:
     """KL(teacher || model) estimated without the teacher: the mean of ``log p - log q`` over its draws.
 
     Unbiased for any number of draws. Args: (T, V) logits a sequence; draws (S, T, D) and the

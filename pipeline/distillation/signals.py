@@ -45,7 +45,7 @@ class SignalSource(Protocol):
 class StoredSource:
     """Draws read from disk, mapped: (S, T, D)."""
 
-    draws: NDArray[np.integer[object]]  # type: ignore[type-arg]
+    draws: NDArray[np.integer]
 
     @classmethod
     def open(cls, path: Path) -> StoredSource:

@@ -67,7 +67,7 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
                 logits = model(input_ids=tokens, use_cache=False).logits
             value = loss(logits, rows, tokens)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             loss_value = float(value.detach())
             torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM_MAX, error_if_nonfinite=True)
             optimizer.step()
@@ -125,7 +125,11 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def _save_checkpoint(
-    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, history: list[dict[str, float]]
+    directory: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    history: list[dict[str, float]],
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}

@@ -65,7 +65,10 @@ def trial_package(config: Config, *, exports: Path, weights: Path) -> Iterator[P
 def copy_exports(exports: Path, package: Path, *, link: bool) -> None:
     """Copy what ships; the stage's own records stay behind."""
     shutil.copytree(
-        exports, package, ignore=shutil.ignore_patterns(RECORD, EXPORT_FILE), copy_function=_link if link else shutil.copy2
+        exports,
+        package,
+        ignore=shutil.ignore_patterns(RECORD, EXPORT_FILE),
+        copy_function=_link if link else shutil.copy2,
     )
 
 

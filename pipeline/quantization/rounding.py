@@ -123,7 +123,8 @@ def _squared_error(groups: FloatArray, scale: FloatArray, bits: int) -> FloatArr
 
 
 def _codes(groups: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]:
-    return np.clip(np.rint(groups / scale), *CODE_RANGE[bits]).astype(np.int8)
+    codes: NDArray[np.int8] = np.clip(np.rint(groups / scale), *CODE_RANGE[bits]).astype(np.int8)
+    return codes
 
 
 def _to_fp16(scale: FloatArray) -> FloatArray:

@@ -45,7 +45,7 @@ def run(run: StageRun) -> None:
         return losses.next_token_loss(logits, tokens)
 
     label = f"distill {run.submodel}"
-    metrics = {"pruned": measure(student, targets)}
+    metrics: dict[str, Any] = {"pruned": measure(student, targets)}
     baseline = random_student(teacher, shape, config.seed) if config.distill.from_scratch_baseline else None
     del teacher
     metrics["history"] = train(student, sequences, teacher_loss, plan, run.checkpoint / "student", label)

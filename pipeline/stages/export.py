@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import UserError
-from edge_runtime.formats.int4 import Weights, load_weights
+from edge_runtime.formats.int4 import load_weights
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
 from pipeline.artifacts import PROJECT, StageRun, write_json
 from pipeline.export.assembly import EXPORT_FILE, seal
@@ -120,7 +120,8 @@ def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
     """(S, T) held-out tokens with at least ``parity_positions`` positions."""
     held_out = np.load(run.layout.targets / "held_out.npy")
     length = min(held_out.shape[1], run.config.export.parity_positions)
-    return held_out[: -(-run.config.export.parity_positions // length), :length]
+    tokens: NDArray[np.int32] = held_out[: -(-run.config.export.parity_positions // length), :length]
+    return tokens
 
 
 def _dequantized_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -20,9 +20,7 @@ def run(run: StageRun) -> None:
 
     config, settings = run.config, run.config.quantize
     model = load_student(run)
-    spec, floats = pad_intermediate(
-        spec_of(model, config.export.context_tokens), float_weights(model), settings.group
-    )
+    spec, floats = pad_intermediate(spec_of(model, config.export.context_tokens), float_weights(model), settings.group)
     positive = "tflite" in config.export.containers
     codes: dict[str, Any] = {}
     legacy: dict[str, Any] = {}
