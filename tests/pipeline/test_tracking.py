@@ -11,9 +11,11 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edge_runtime.formats.errors import GateError, PackageError
@@ -246,15 +248,19 @@ def test_page_answers_with_the_family_and_ends_with_all_its_processes(
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as page:
         assert page.stdout is not None
         link = next(line for line in page.stdout if "compareRunsMode" in line)
-        assert tracking.chart_url(result.experiment_id, port) in link
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as response:
-            assert b"<html" in response.read().lower()
-        page.send_signal(signal.SIGTERM)
-        # The pipe closes when the last of the server's processes has ended.
-        page.stdout.read()
-        assert page.wait(60) == 0
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
+        servers = psutil.Process(page.pid).children(recursive=True)
+        try:
+            assert tracking.chart_url(result.experiment_id, port) in link
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as response:
+                assert b"<html" in response.read().lower()
+            page.send_signal(signal.SIGTERM)
+            assert page.wait(30) == 0
+            assert len(servers) >= 2
+            assert not psutil.wait_procs(servers, timeout=10)[1]
+        finally:
+            for process in (page, *servers):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def test_page_of_an_empty_store_says_what_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
