@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def test_this_many_files_are_checked() -> None:
     assert not [path for path in CONF_DIR.rglob("*") if path.is_file() and path.suffix != ".yaml"]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name not in ROOT_FILES], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.name not in ROOT_FILES], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_every_file_composes_and_validates(path: Path) -> None:
     group, option = path.parent.name, path.stem
     one = [] if group in ("experiment", "submodel") else ["submodel=tiny"]
@@ -44,7 +47,7 @@ def test_every_file_composes_and_validates(path: Path) -> None:
 def test_members_of_a_family_shrink(experiment: str) -> None:
     shares = [c.submodel.width * c.submodel.depth * (c.submodel.ffn + c.submodel.heads)
               for c in load_configs([f"experiment={experiment}"]).values()]  # fmt: skip
-    assert len(shares) >= 2 and all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert len(shares) >= 2 and all(later < earlier for earlier, later in pairwise(shares))
 
 
 def test_defaults_are_the_demo() -> None:

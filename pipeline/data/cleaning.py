@@ -12,6 +12,8 @@ from pipeline.data.sources import Document
 
 _ANSWER_CHARS = 600
 _EXAMPLES = 3  # sources named for each reason
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff\ufffe\uffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON's escapes can write it; UTF-8 has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,9 @@ def clean(
 
 def normalize(text: str) -> str:
     """NFC, unix line ends, no control or zero-width characters, no trailing space, at most two line ends together."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufeff\u200b-\u200f\ufffe\uffff]", "", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _INVISIBLE.sub("", _SURROGATE.sub("\ufffd", text))
+    text = unicodedata.normalize("NFC", text)  # after the removal: a base may have met its accent only now
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

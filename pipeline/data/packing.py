@@ -8,21 +8,23 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edge_runtime.formats.errors import UserError
 
 BOS, EOS = "<s>", "</s>"
 _ENCODE_BATCH = 512
-_PIECE = r"▁*[^▁\n]+|\n+|▁+"  # a word with the spaces before it; indentation may become one token
+_PIECE = r" *[^ \n]+|\n+| +"  # a word with the spaces before it; indentation may become one token
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-fallback BPE in the manner of Llama: every text round-trips, unknown characters as bytes."""
+    """Byte-fallback BPE: every text round-trips, unknown characters as bytes.
+
+    Spaces stay spaces: with a mark in their place, as Llama has it, a text that holds the mark would not come back.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=None, fuse_unk=False))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[BOS, EOS, *byte_tokens], show_progress=False, limit_alphabet=256

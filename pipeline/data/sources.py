@@ -16,7 +16,6 @@ from typing import Any
 
 from edge_runtime.formats.errors import UserError
 
-MAX_DOCUMENT_CHARS = 200_000
 _TEXT_CHUNK_CHARS = 2_000
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
 # Modules in C whose docstrings no source file shows; each is safe to import.
@@ -161,19 +160,23 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path.name} line {number}", line[:60], f"one JSON object a line ({error})") from None
             yield _row_document(row, f"{path.name}:{number}")
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
 
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        for row in (row for batch in batches for row in batch.to_pylist()):
             number += 1
             yield _row_document(row, f"{path.name}:{number}")
+    except (ArrowException, OSError) as error:
+        raise UserError("data.path", str(path), f"a whole parquet file ({error})") from None
 
 
 def _row_document(row: Any, source: str) -> Document:
