@@ -1,7 +1,8 @@
-"""Who may import whom: the contracts of pyproject.toml hold, and they can break."""
+"""Who may import whom, who needs what: the contracts of pyproject.toml hold, and they can break."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import tomllib
@@ -58,6 +59,11 @@ def test_constraints_are_exact_and_installable_from_any_index() -> None:
         assert all(text.count("==") == 1 and "+" not in text for text in pins), name
         names = [text.split("==")[0].lower().replace("_", "-") for text in pins]
         assert len(names) == len(set(names)), name
+
+
+def test_a_test_that_reaches_for_the_network_fails() -> None:
+    with pytest.raises(RuntimeError, match="without a network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
