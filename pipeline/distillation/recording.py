@@ -32,16 +32,16 @@ def record_draws(
     Yields:
         Sequences done, after each shard. Each shard has its own random stream, so a run that is
         killed and started again goes on after the last whole shard and ends with the same bytes.
-            With ``log_p`` the log-probability of each draw goes to ``<side>_log_p.npy``, float32, and
+        With ``log_p`` the log-probability of each draw goes to ``<side>_log_p.npy``, float32, and
         the most likely token of each position to ``<side>_top1.npy``, int32 (S, T).
     """
     shape = (*sequences.shape, draws)
     id_type = np.uint16 if teacher.config.vocab_size <= 65536 else np.uint32
-    files = {"draws": _open(directory / f"{side}_draws.npy", shape, id_type)}
-    if log_p:
-        files["log_p"] = _open(directory / f"{side}_log_p.npy", shape, np.float32)
-        files["top1"] = _open(directory / f"{side}_top1.npy", sequences.shape, np.int32)
     marker = directory / f"{side}.done"
+    files = {"draws": _open(directory / f"{side}_draws.npy", shape, id_type, marker)}
+    if log_p:
+        files["log_p"] = _open(directory / f"{side}_log_p.npy", shape, np.float32, marker)
+        files["top1"] = _open(directory / f"{side}_top1.npy", sequences.shape, np.int32, marker)
     done = int(marker.read_text()) if marker.exists() else 0
     while done < len(sequences):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
@@ -72,11 +72,12 @@ def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> to
     return logits.float().cpu()
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Map a file for writing; an earlier run's file of the same shape is continued."""
+def _open(path: Path, shape: tuple[int, ...], dtype: Any, marker: Path) -> Any:
+    """Map a file for writing; an earlier run's file of the same shape is continued, a new one makes ``marker`` void."""
     if path.exists():
         existing = np.lib.format.open_memmap(path, mode="r+")
         if existing.shape == shape and existing.dtype == dtype:
             return existing
+    marker.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
