@@ -27,7 +27,7 @@ ui: setup  ## open the family's runs in MLflow on http://127.0.0.1:5000
 	@.venv/bin/python -m pipeline.tracking_ui --port $(PORT)
 
 test: setup  ## every test, two at a time
-	@.venv/bin/python -m pytest -n 2
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: setup  ## ruff, mypy and the import contracts
 	@.venv/bin/ruff check .

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
-RECORD = "stage.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,10 @@ class Layout:
         """The metrics file of one stage."""
         name = f"{stage}-{submodel}" if submodel else stage
         return self.reports / "metrics" / f"{name}.json"
+
+    def record(self, output: Path) -> Path:
+        """What is known of a finished output."""
+        return self.root / ".cache" / "records" / f"{output.relative_to(self.root).as_posix().replace('/', '-')}.json"
 
     def checkpoint(self, stage: str, fingerprint: str) -> Path:
         """Where unfinished work of a stage is kept: outside its outputs, which DVC deletes."""
@@ -137,37 +140,56 @@ def read_json(path: Path) -> Any:
         raise UserError("input", str(path), "a file that an earlier stage writes", "run python -m pipeline") from None
 
 
-def fingerprint(*parts: Any, code: Iterable[Path] = (), inputs: Iterable[Path] = ()) -> str:
-    """Digest of settings, source files and the records of input folders."""
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+def fingerprint(*parts: Any, code: Iterable[Path] = (), inputs: Iterable[str] = ()) -> str:
+    """Digest of settings, source files and the digests of input folders."""
+    digest = hashlib.sha256(json.dumps([*parts, list(inputs)], sort_keys=True, default=str).encode())
     for path in code:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
-    for path in inputs:
-        record = path / RECORD if path.is_dir() else path
-        digest.update(record.read_bytes() if record.exists() else b"absent")
     return digest.hexdigest()
 
 
-def write_record(directory: Path, stage: str, digest: str) -> None:
-    """Mark a folder as the finished output of a stage."""
-    write_json(directory / RECORD, {"stage": stage, "fingerprint": digest, "files": tree_digest(directory)})
+def write_record(layout: Layout, output: Path, digest: str) -> None:
+    """Note that ``output`` is finished, what it was made from and what it holds.
+
+    Records lie outside the outputs: a package holds nothing that its manifest does not list.
+    """
+    record = {"fingerprint": digest, "files": tree_digest(output), "state": _state(output)}
+    write_json(layout.record(output), record)
 
 
-def recorded_fingerprint(directory: Path) -> str | None:
-    """Fingerprint of a finished folder, or None."""
+def recorded_fingerprint(layout: Layout, output: Path) -> str | None:
+    """Fingerprint of a finished output; None when it is missing or was changed by something else."""
+    record = _current_record(layout, output)
+    return None if record is None else str(record["fingerprint"])
+
+
+def content_digest(layout: Layout, output: Path) -> str:
+    """Digest of a folder's files, from its record when that is current."""
+    record = _current_record(layout, output)
+    return tree_digest(output) if record is None else str(record["files"])
+
+
+def tree_digest(directory: Path) -> str:
+    """Digest of every file below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(directory).as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _current_record(layout: Layout, output: Path) -> dict[str, Any] | None:
     try:
-        return str(json.loads((directory / RECORD).read_text(encoding="utf-8"))["fingerprint"])
+        record: dict[str, Any] = json.loads(layout.record(output).read_text(encoding="utf-8"))
+        return record if record["state"] == _state(output) else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def tree_digest(directory: Path) -> str:
-    """Digest of every file below a folder (its record excepted)."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != RECORD):
-        digest.update(f"{path.relative_to(directory).as_posix()} {file_digest(path)}\n".encode())
-    return digest.hexdigest()
+def _state(directory: Path) -> list[str]:
+    """Name, size and time of change of every file: a cheap way to see that nobody touched them."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return [f"{p.relative_to(directory).as_posix()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
 
 
 def file_digest(path: Path) -> str:

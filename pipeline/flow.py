@@ -17,6 +17,7 @@ from pipeline.artifacts import (
     Layout,
     StageRun,
     atomic_directory,
+    content_digest,
     fingerprint,
     recorded_fingerprint,
     sole_writer,
@@ -104,7 +105,7 @@ STAGES = {
         Stage(
             "evaluate",
             ("export", "runtime", "gate", "submodel"),
-            ("pipeline/export", "edge_runtime"),
+            ("pipeline/export", "pipeline/distillation/scoring.py", "edge_runtime"),
             ("targets", "distill", "quantize", "export"),
             "artifacts/evaluations/{}",
         ),
@@ -145,16 +146,18 @@ def stage_fingerprint(stage: Stage, config: Config, layout: Layout) -> str:
     """Digest of everything the stage's result depends on."""
     values = {section: _setting(config.model_dump(mode="json"), section) for section in stage.sections}
     code = [PROJECT / f"pipeline/stages/{stage.name}.py", *(PROJECT / path for path in stage.code)]
-    return fingerprint(
-        stage.name, values, _external(stage, config), code=code, inputs=_input_paths(stage, config, layout)
-    )
+    inputs = _input_digests(stage, config, layout)
+    return fingerprint(stage.name, values, _external(stage, config), code=code, inputs=inputs)
 
 
 def why_run(stage: Stage, config: Config, layout: Layout) -> str | None:
     """Why the stage would run now, or None when its output is current."""
-    recorded = recorded_fingerprint(stage.output(layout, config.submodel.name))
-    if recorded is None:
+    output = stage.output(layout, config.submodel.name)
+    if not output.is_dir() or not all(path.exists() for path in _reports(stage, config, layout)):
         return "no finished output"
+    recorded = recorded_fingerprint(layout, output)
+    if recorded is None:
+        return "output changed by something else"
     if recorded != stage_fingerprint(stage, config, layout):
         return "settings, code or inputs changed"
     return None
@@ -183,7 +186,7 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
         with atomic_directory(stage.output(layout, config.submodel.name)) as output:
             run = StageRun(config, layout, output, layout.checkpoint(stage.name, digest))
             import_module(f"pipeline.stages.{stage.name}").run(run)
-            write_record(output, stage.name, digest)
+        write_record(layout, stage.output(layout, config.submodel.name), digest)
     return True
 
 
@@ -213,22 +216,31 @@ def _setting(values: Any, path: str) -> Any:
     return values
 
 
+def _reports(stage: Stage, config: Config, layout: Layout) -> list[Path]:
+    """What a stage writes outside its output folder, for git to keep."""
+    if stage.name == "report":
+        return [layout.reports / "family.json", layout.reports / "index.html"]
+    if stage.name == "register":
+        return []
+    return [layout.metrics(stage.name, config.submodel.name if stage.per_submodel else None)]
+
+
 def _require_input(needed: Stage, stage: Stage, config: Config, layout: Layout) -> None:
     names = config.family if needed.per_submodel and not stage.per_submodel else [config.submodel.name]
     for name in names:
-        if recorded_fingerprint(needed.output(layout, name)) is None:
+        if not needed.output(layout, name).is_dir():
             raise UserError(
-                "stage", stage.name, f"after {needed.name} ({needed.output(layout, name)} is not finished)",
+                "stage", stage.name, f"after {needed.name} ({needed.output(layout, name)} is missing)",
                 f"run python -m pipeline stage={needed.name}" + (f" submodel={name}" if needed.per_submodel else ""),
             )  # fmt: skip
 
 
-def _input_paths(stage: Stage, config: Config, layout: Layout) -> list[Path]:
-    paths = []
+def _input_digests(stage: Stage, config: Config, layout: Layout) -> list[str]:
+    digests = []
     for needed in (STAGES[name] for name in stage.inputs):
         names = config.family if needed.per_submodel and not stage.per_submodel else [config.submodel.name]
-        paths += [needed.output(layout, name) for name in names]
-    return paths
+        digests += [content_digest(layout, needed.output(layout, name)) for name in names]
+    return digests
 
 
 def _external(stage: Stage, config: Config) -> list[str]:

@@ -13,7 +13,7 @@ from edge_runtime.formats.decoder import DecoderSpec
 from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
-from pipeline.artifacts import RECORD, file_digest, read_json
+from pipeline.artifacts import file_digest, read_json
 from pipeline.config import Config
 
 EXPORT_FILE = "export.json"
@@ -63,11 +63,11 @@ def trial_package(config: Config, *, exports: Path, weights: Path) -> Iterator[P
 
 
 def copy_exports(exports: Path, package: Path, *, link: bool) -> None:
-    """Copy what ships; the stage's own records stay behind."""
+    """Copy what ships; the stage's own notes stay behind."""
     shutil.copytree(
         exports,
         package,
-        ignore=shutil.ignore_patterns(RECORD, EXPORT_FILE),
+        ignore=shutil.ignore_patterns(EXPORT_FILE),
         copy_function=_link if link else shutil.copy2,
     )
 
