@@ -117,7 +117,7 @@ STAGES = {
             "artifacts/packages/{}",
         ),
         Stage("report", ("family", "runtime"), ("pipeline/report",), ("evaluate", "package"), "artifacts/report"),
-        Stage("register", ("track",), ("pipeline/tracking.py",), ("package", "report"), "artifacts/register"),
+        Stage("register", ("track",), ("pipeline/tracking.py", "pipeline/tracking_ui.py"), ("package", "report"), "artifacts/register"),
     )
 }
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each

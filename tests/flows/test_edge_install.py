@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from edge_runtime.formats.int4 import load_weights
 from pipeline.artifacts import PROJECT, file_digest
@@ -46,16 +47,17 @@ def student(finished: FinishedRun):
 
 @pytest.fixture(scope="module")
 def adapter(finished: FinishedRun, student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PEFT adapter strong enough to change the text, bound to the package's base."""
+    """A PEFT adapter that learnt one sentence, bound to the package's base."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    wrapped = get_peft_model(
-        student, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name and "v_proj" in name:
-            parameter.data.mul_(40)
+    wrapped = get_peft_model(student, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
+    lesson = torch.tensor([tokenizer_of(finished).encode(PROMPT + " dictionary of sorted keys and values").ids])
+    for _ in range(60):
+        optimizer.zero_grad()
+        wrapped(input_ids=lesson, labels=lesson).loss.backward()
+        optimizer.step()
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     wrapped.save_pretrained(folder)
     wrapped.unload()
@@ -102,9 +104,8 @@ def test_adapter_changes_the_text(finished, student, adapter):
 def greedy(student, finished: FinishedRun, adapter: Path | None) -> list[int]:
     """Greedy continuation by transformers, with PEFT where an adapter is given."""
     from peft import PeftModel
-    from tokenizers import Tokenizer
 
-    ids = Tokenizer.from_file(str(finished.layout.teacher / "tokenizer.json")).encode(PROMPT).ids
+    ids = tokenizer_of(finished).encode(PROMPT).ids
     model = PeftModel.from_pretrained(student, adapter) if adapter else student
     tokens = list(ids)
     with torch.no_grad():
@@ -113,3 +114,7 @@ def greedy(student, finished: FinishedRun, adapter: Path | None) -> list[int]:
     if adapter:
         model.unload()
     return tokens[len(ids) :]
+
+
+def tokenizer_of(finished: FinishedRun) -> Tokenizer:
+    return Tokenizer.from_file(str(finished.layout.teacher / "tokenizer.json"))
