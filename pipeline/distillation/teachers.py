@@ -61,7 +61,7 @@ def resolve_checkpoint(config: CheckpointTeacher) -> Path:
         raise UserError("teacher.path", str(config.path), "weights as *.safetensors", "convert .bin files first")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = _indexed_shards(index)
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
             raise UserError("teacher.path", f"missing {', '.join(missing)}", "every shard that the index names")
@@ -79,6 +79,7 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
         UserError: The architecture is not one we take, or 8 and 4 bits do not work on this machine.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     load = load or source.load
@@ -90,8 +91,12 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
         options.setdefault("device_map", "cpu" if not torch.cuda.is_available() else "auto")
     options["dtype"] = torch.float32 if load == "fp32" else torch.bfloat16
     try:
-        return AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
-    except (ImportError, RuntimeError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
+        if "quantization_config" in options:  # kernels that are missing, or refuse a size, show only when they run
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        return model
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         message = " ".join(str(error).split())[:300]
         raise UserError("teacher.load", load, f"what this machine can load ({message})", "try bf16") from error
 
@@ -124,6 +129,13 @@ def eos_ids(model_config: Any) -> list[int]:
     if not ids:
         raise UserError("teacher", "no eos_token_id", "a config.json that names one", "add eos_token_id to it")
     return ids
+
+
+def _indexed_shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError("teacher.path", str(index), "an index with a weight_map", "download it again") from None
 
 
 def _bits_config(load: str) -> Any:

@@ -52,7 +52,7 @@ def train(
         The history: step, loss and learning rate, about a hundred entries.
 
     Raises:
-        FloatingPointError: The loss is not finite.
+        FloatingPointError: The loss or its gradient is not finite.
     """
     optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), plan.learning_rate, _BETAS, _EPS)
     step, history = _load_checkpoint(checkpoint, model, optimizer)
@@ -69,7 +69,9 @@ def train(
             value = loss(logits, rows, tokens)
             value.backward()
             loss_value = float(value.detach())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM_MAX, error_if_nonfinite=True)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM_MAX))
+            if not (math.isfinite(loss_value) and math.isfinite(norm)):
+                raise FloatingPointError(f"{label}: loss {loss_value}, gradient norm {norm} at step {step}")
             optimizer.step()
             optimizer.zero_grad()
             step += 1

@@ -1,0 +1,223 @@
+"""A student cut out of its teacher: nothing is lost that the teacher did not already lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edge_runtime.formats.errors import UserError
+from pipeline.config import SubmodelConfig
+from pipeline.distillation.pruning import (
+    Importance,
+    StudentShape,
+    measure_importance,
+    prune,
+    random_student,
+    student_shape,
+)
+from tests.pipeline.conftest import VOCABULARY, MakeModel
+
+FULL = StudentShape(hidden_size=64, intermediate_size=96, num_kv_heads=2, num_layers=3)
+TOKENS = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(8))
+TEACHER_7B = SimpleNamespace(hidden_size=3584, intermediate_size=18944, num_key_value_heads=4, num_hidden_layers=28)
+VARIANTS = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def teacher(request: pytest.FixtureRequest, make_model: MakeModel) -> Any:
+    return make_model(request.param.partition("-")[0], **VARIANTS[request.param])
+
+
+def test_the_teachers_own_shape_gives_the_teachers_own_logits(teacher: Any) -> None:
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), FULL)
+    assert torch.equal(_logits(student), _logits(teacher))
+    assert student is not teacher and not _shares_memory(student, teacher) and not student.training
+
+
+def test_dead_neurons_are_what_goes_first(teacher: Any) -> None:
+    dead = [torch.randperm(96, generator=torch.Generator().manual_seed(layer))[:32] for layer in range(3)]
+    with torch.no_grad():
+        for layer, neurons in zip(teacher.model.layers, dead, strict=True):
+            layer.mlp.gate_proj.weight[neurons] = 0
+            if layer.mlp.gate_proj.bias is not None:
+                layer.mlp.gate_proj.bias[neurons] = 0
+    importance = measure_importance(teacher, [TOKENS])
+    for scores, neurons in zip(importance.ffn, dead, strict=True):
+        assert set(scores.argsort()[:32].tolist()) == set(neurons.tolist())
+    student = prune(teacher, importance, StudentShape(64, 64, 2, 3))
+    _assert_close(student, teacher)
+    alive = [n for n in range(96) if n not in dead[1].tolist()]
+    assert torch.equal(student.model.layers[1].mlp.up_proj.weight, teacher.model.layers[1].mlp.up_proj.weight[alive])
+
+
+def test_a_dead_group_goes_with_its_queries(teacher: Any) -> None:
+    with torch.no_grad():
+        for index, layer in enumerate(teacher.model.layers):
+            rows = slice(0, 16) if index == 1 else slice(16, 32)
+            layer.self_attn.v_proj.weight[rows] = 0
+            if layer.self_attn.v_proj.bias is not None:
+                layer.self_attn.v_proj.bias[rows] = 0
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), StudentShape(64, 96, 1, 3))
+    config = student.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 16)
+    _assert_close(student, teacher)
+    kept = teacher.model.layers[1].self_attn
+    assert torch.equal(student.model.layers[1].self_attn.q_proj.weight, kept.q_proj.weight[32:64])
+    assert torch.equal(student.model.layers[1].self_attn.k_proj.weight, kept.k_proj.weight[16:32])
+    assert torch.equal(student.model.layers[1].self_attn.o_proj.weight, kept.o_proj.weight[:, 32:64])
+
+
+@pytest.mark.parametrize("identity", [0, 1, 2])
+def test_a_layer_that_does_nothing_goes_first(make_model: MakeModel, identity: int) -> None:
+    teacher = make_model("qwen2")
+    with torch.no_grad():
+        teacher.model.layers[identity].self_attn.o_proj.weight.zero_()
+        teacher.model.layers[identity].mlp.down_proj.weight.zero_()
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), StudentShape(64, 96, 2, 2))
+    assert len(student.model.layers) == 2 == student.config.num_hidden_layers == len(student.config.layer_types)
+    _assert_close(student, teacher)
+
+
+def test_width_keeps_the_dimensions_with_the_largest_activations(teacher: Any) -> None:
+    loud = torch.randperm(64, generator=torch.Generator().manual_seed(4))[:32].sort().values
+    quiet = torch.tensor([n for n in range(64) if n not in loud.tolist()])
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[quiet] *= 1e-3
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), StudentShape(32, 96, 2, 3))
+    assert torch.equal(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight[:, loud])
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight[:, loud])
+    assert torch.equal(student.model.norm.weight, teacher.model.norm.weight[loud])
+    layer, whole = student.model.layers[2], teacher.model.layers[2]
+    assert torch.equal(layer.input_layernorm.weight, whole.input_layernorm.weight[loud])
+    assert torch.equal(layer.self_attn.q_proj.weight, whole.self_attn.q_proj.weight[:, loud])
+    assert torch.equal(layer.self_attn.o_proj.weight, whole.self_attn.o_proj.weight[loud])
+    assert torch.equal(layer.mlp.gate_proj.weight, whole.mlp.gate_proj.weight[:, loud])
+    assert torch.equal(layer.mlp.down_proj.weight, whole.mlp.down_proj.weight[loud])
+    for kept, bias in (
+        (layer.self_attn.o_proj.bias, whole.self_attn.o_proj.bias),
+        (layer.mlp.down_proj.bias, whole.mlp.down_proj.bias),
+    ):
+        assert bias is None or torch.equal(kept, bias[loud])
+
+
+def test_importance_adds_up_over_batches(make_model: MakeModel) -> None:
+    teacher = make_model("llama")
+    whole, halves = (measure_importance(teacher, batches) for batches in ([TOKENS], [TOKENS[:2], TOKENS[2:]]))
+    for name in Importance.__slots__:
+        torch.testing.assert_close(getattr(whole, name), getattr(halves, name), rtol=1e-6, atol=1e-9)
+    assert not [module for module in teacher.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def test_importance_is_what_flows_into_the_next_projection(make_model: MakeModel) -> None:
+    teacher = make_model("llama", num_hidden_layers=1)
+    layer, seen = teacher.model.layers[0], {}
+    handles = [module.register_forward_hook(lambda _m, a, out, k=key: seen.update({k: (a[0], out)})) for key, module in
+               {"down": layer.mlp.down_proj, "o": layer.self_attn.o_proj, "in": layer.input_layernorm,
+                "post": layer.post_attention_layernorm, "layer": layer}.items()]  # fmt: skip
+    importance = measure_importance(teacher, [TOKENS])
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(importance.ffn[0], seen["down"][0].double().abs().sum((0, 1)))
+    heads = seen["o"][0].double()
+    groups = torch.stack([heads[..., span].norm(dim=-1).sum() for span in (slice(32), slice(32, 64))])
+    torch.testing.assert_close(importance.groups[0], groups)
+    torch.testing.assert_close(importance.hidden, sum(seen[k][1].double().abs().sum((0, 1)) for k in ("in", "post")))
+    before, after = (x.double() for x in seen["layer"])
+    angle = 1 - (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
+    torch.testing.assert_close(importance.layers[0], angle.sum())
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ((1, 1, 1, 1), (3584, 18944, 4, 28)),
+        ((0.57, 0.58, 0.58, 1.0), (2048, 10976, 2, 28)),
+        ((0.43, 0.47, 0.43, 1.0), (1536, 8896, 2, 28)),
+        ((0.25, 0.26, 0.5, 0.86), (896, 4928, 2, 24)),
+        ((0.001, 0.001, 0.01, 0.01), (32, 32, 1, 1)),
+    ],
+)
+def test_ratios_become_multiples_of_32_and_whole_groups(ratios: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    shape = student_shape(TEACHER_7B, _submodel(*ratios))
+    assert (shape.hidden_size, shape.intermediate_size, shape.num_kv_heads, shape.num_layers) == expected
+
+
+def test_absolute_sizes_win() -> None:
+    absolute = {"hidden_size": 96, "intermediate_size": 160, "num_kv_heads": 3, "num_layers": 5}
+    assert student_shape(TEACHER_7B, _submodel(1, 1, 1, 1, **absolute)) == StudentShape(*absolute.values())
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_kv_heads", "num_layers"])
+def test_a_student_larger_than_its_teacher_is_refused(field: str) -> None:
+    teacher = SimpleNamespace(hidden_size=64, intermediate_size=96, num_key_value_heads=2, num_hidden_layers=3)
+    size, limit = (160, {"hidden_size": 64, "intermediate_size": 96}[field]) if "size" in field else (4, None)
+    with pytest.raises(
+        UserError, match=rf"^submodel\.{field}: got {size}, allowed: at most the teacher's {limit or ''}"
+    ):
+        student_shape(teacher, _submodel(1, 1, 1, 1, **{field: size}))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_students_checkpoint_is_one_that_transformers_loads(
+    make_model: MakeModel, architecture: str, tmp_path: Path
+) -> None:
+    teacher = make_model(architecture).bfloat16()
+    shape = StudentShape(32, 64, 1, 2)
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), shape)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+    assert type(loaded) is type(teacher) and loaded.dtype == torch.float32
+    assert torch.equal(_logits(loaded), _logits(student))
+    generated = loaded.generate(TOKENS[:1, :4], max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert generated.shape == (1, 9)
+
+
+def test_the_baseline_has_the_students_shape_and_none_of_its_weights(make_model: MakeModel) -> None:
+    teacher, shape = make_model("qwen3"), StudentShape(32, 64, 1, 2)
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), shape)
+    baseline, again, other = (random_student(teacher, shape, seed) for seed in (1, 1, 2))
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (student, baseline)]
+    assert shapes[0] == shapes[1]
+    assert torch.equal(_logits(baseline), _logits(again)) and not torch.equal(_logits(baseline), _logits(other))
+    assert not torch.equal(baseline.lm_head.weight, student.lm_head.weight)
+
+
+def test_the_teacher_stays_as_it_was(make_model: MakeModel) -> None:
+    teacher = make_model("llama")
+    before, config = _logits(teacher), teacher.config.to_dict()
+    prune(teacher, measure_importance(teacher, [TOKENS]), StudentShape(32, 32, 1, 1))
+    assert torch.equal(_logits(teacher), before) and teacher.config.to_dict() == config
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+
+def _assert_close(student: Any, teacher: Any) -> None:
+    expected = _logits(teacher)
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in teacher.parameters())
+    torch.testing.assert_close(_logits(student), expected, rtol=0, atol=5e-6)
+
+
+def _shares_memory(student: Any, teacher: Any) -> bool:
+    owned = {parameter.data_ptr() for parameter in teacher.parameters()}
+    return any(parameter.data_ptr() in owned for parameter in student.parameters())
+
+
+def _submodel(width: float, ffn: float, heads: float, depth: float, **absolute: int) -> SubmodelConfig:
+    return SubmodelConfig(name="some", width=width, ffn=ffn, heads=heads, depth=depth, **absolute)
