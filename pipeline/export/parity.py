@@ -60,6 +60,8 @@ def require_parity(name: str, expected: FloatArray, found: FloatArray) -> Parity
     """
     if not np.isfinite(found).all() or not np.abs(found).max() > 0:
         raise ExportError(f"{name}: the runtime returned all-zero or non-finite logits; the file must not ship")
+    if found.shape != expected.shape:
+        raise ExportError(f"{name}: logits of shape {found.shape}, expected {expected.shape}; the file must not ship")
     parity = compare_logits(expected, found)
     if parity.rms_ratio > RMS_RATIO_LIMIT:
         raise ExportError(

@@ -18,6 +18,7 @@ from edge_runtime.formats.int4 import CODE_RANGE, QuantizedTensor, dequantize
 
 _SEARCH_FACTORS = np.linspace(0.60, 1.06, 24, dtype=np.float32)
 _SMALLEST_SCALE = np.float32(2.0**-14)  # the smallest normal fp16: runtimes may flush subnormals, and refuse zero
+_LARGEST_SCALE = np.float32(65504.0)
 _BLOCK_ROWS = 4096
 
 FloatArray = NDArray[np.float32]
@@ -54,14 +55,18 @@ def quantize_tensor(
             chosen = _search(grouped, chosen, bits)
         codes[start : start + len(block)] = _codes(grouped, chosen, bits).reshape(len(block), padded)
         scales[start : start + len(block)] = chosen.reshape(len(block), -1)
-    if not np.isfinite(scales).all():
-        raise ValueError("a scale exceeds fp16")
     return QuantizedTensor(codes, scales, bits, columns)
 
 
 def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
-    """Eight bits with one scale for the whole weight (N, K): scales (1, 1)."""
-    scale = max(np.float32(np.abs(weight).max() / 127), _SMALLEST_SCALE).astype(np.float16)
+    """Eight bits with one scale for the whole weight (N, K): scales (1, 1).
+
+    Raises:
+        ValueError: A weight is not finite, or fp16 cannot hold the scale.
+    """
+    if not np.isfinite(weight).all():
+        raise ValueError("weights must be finite")
+    scale = _to_fp16(_require_fp16(np.abs(weight).max(keepdims=True) / 127)).astype(np.float16)[0, 0]
     if scale.astype(np.float32) * 127 < np.abs(weight).max():  # rounded down: the largest weight would be clipped
         scale = np.nextafter(scale, np.float16(np.inf))
     codes = np.clip(np.rint(weight / scale.astype(np.float32)), *CODE_RANGE[8]).astype(np.int8)
@@ -101,7 +106,7 @@ def _cover(groups: FloatArray, bits: int, positive: bool) -> FloatArray:
     else:
         extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
         scale = extreme / low
-    return _to_fp16(scale[:, None])
+    return _to_fp16(_require_fp16(scale[:, None]))
 
 
 def _search(groups: FloatArray, start: FloatArray, bits: int) -> FloatArray:
@@ -127,8 +132,14 @@ def _codes(groups: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]
     return codes
 
 
+def _require_fp16(scale: FloatArray) -> FloatArray:
+    if np.abs(scale).max() > _LARGEST_SCALE:
+        raise ValueError("a scale exceeds fp16")
+    return scale
+
+
 def _to_fp16(scale: FloatArray) -> FloatArray:
     """Round to fp16, away from zero where it would vanish; the codes are chosen for the rounded scale."""
-    rounded = scale.astype(np.float16).astype(np.float32)
+    rounded = np.clip(scale, -_LARGEST_SCALE, _LARGEST_SCALE).astype(np.float16).astype(np.float32)
     tiny = np.abs(rounded) < _SMALLEST_SCALE
     return np.where(tiny, np.where(scale < 0, -_SMALLEST_SCALE, _SMALLEST_SCALE), rounded)
