@@ -79,7 +79,7 @@ class DecoderSpec:
         for name, value in values.items():
             if known[name] == "int" and not (type(value) is int and 0 < value < 2**31):
                 raise ValueError(f"decoder.{name} must be a positive integer, got {value!r}")
-            if known[name] == "float" and not (isinstance(value, int | float) and 0 < value < 1e9):
+            if known[name] == "float" and not _is_positive(value):
                 raise ValueError(f"decoder.{name} must be a positive number, got {value!r}")
             if known[name] == "bool" and type(value) is not bool:
                 raise ValueError(f"decoder.{name} must be true or false, got {value!r}")
@@ -87,6 +87,8 @@ class DecoderSpec:
         inv_freq = values["inv_freq"]
         if not isinstance(inv_freq, list) or len(inv_freq) * 2 != values["head_dim"]:
             raise ValueError("decoder.inv_freq must hold head_dim / 2 numbers")
+        if not all(map(_is_positive, inv_freq)):
+            raise ValueError("decoder.inv_freq must hold positive numbers")
         loaded["inv_freq"] = tuple(float(value) for value in inv_freq)
         return cls(**loaded)  # type: ignore[arg-type]
 
@@ -95,3 +97,7 @@ def module_name(layer: int, projection: str) -> str:
     """``(3, "q_proj")`` -> ``model.layers.3.self_attn.q_proj``."""
     block = "self_attn" if projection in ATTENTION_PROJECTIONS else "mlp"
     return f"model.layers.{layer}.{block}.{projection}"
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9

@@ -12,16 +12,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edge_runtime.formats.decoder import DecoderSpec
 from edge_runtime.formats.errors import PackageError
 
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
+_HEADER = "sevenfold"  # one key holds all: safetensors writes several in an order that changes from run to run
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +88,36 @@ def save_weights(path: Path, spec: DecoderSpec, weights: Weights) -> None:
             layout[name] = {"bits": value.bits, "columns": value.columns}
         else:
             tensors[name] = np.ascontiguousarray(value, dtype=np.float32)
-    metadata = {"decoder": json.dumps(spec.to_dict()), "layout": json.dumps(layout, sort_keys=True)}
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path, metadata=metadata)
+    header = json.dumps({"decoder": spec.to_dict(), "layout": layout}, sort_keys=True)
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path, metadata={_HEADER: header})
 
 
 def load_weights(path: Path) -> tuple[DecoderSpec, dict[str, QuantizedTensor | NDArray[np.float32]]]:
     """Inverse of ``save_weights``.
 
     Raises:
-        PackageError: The file is cut, not safetensors, or lacks its layout.
+        PackageError: The file is cut, not safetensors, or its tensors are not what its header says.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            spec = DecoderSpec.from_dict(json.loads(metadata["decoder"]))
-            layout = json.loads(metadata["layout"])
+            header = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise PackageError(f"{path}: not a weight file of this project ({error})") from error
-    except Exception as error:  # safetensors raises its own SafetensorError, derived from Exception
-        raise PackageError(f"{path}: damaged safetensors ({error})") from error
-    weights: dict[str, QuantizedTensor | NDArray[np.float32]] = {}
-    for name, entry in layout.items():
-        packed, scales = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
-        codes = unpack_nibbles(packed) if entry["bits"] == 4 else packed
-        weights[name] = QuantizedTensor(codes, scales, entry["bits"], entry["columns"])
-    return spec, weights | tensors
+        spec = DecoderSpec.from_dict(header["decoder"])
+        quantized = {name: _take_quantized(tensors, name, **entry) for name, entry in header["layout"].items()}
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PackageError(f"{path}: not a weight file of this project, or a damaged one ({error})") from error
+    return spec, quantized | tensors
+
+
+def _take_quantized(tensors: dict[str, NDArray[Any]], name: str, bits: int, columns: int) -> QuantizedTensor:
+    """Remove codes and scales of one weight from ``tensors`` and join them."""
+    stored, scales = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
+    types = (stored.dtype, stored.ndim, scales.dtype)
+    if bits not in CODE_RANGE or types != (np.uint8 if bits == 4 else np.int8, 2, np.float16):
+        raise ValueError(f"{name}: {bits} bits as {stored.dtype} {stored.shape} with scales as {scales.dtype}")
+    codes = unpack_nibbles(stored) if bits == 4 else stored
+    rows, padded = codes.shape
+    groups = scales.shape[1] if scales.ndim == 2 and scales.shape[0] in (1, rows) else 0
+    if not groups or padded % groups or not 0 <= padded - columns < padded // groups:
+        raise ValueError(f"{name}: {columns} columns in codes {codes.shape} with scales {scales.shape}")
+    return QuantizedTensor(codes, scales, bits, columns)
