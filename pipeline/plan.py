@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import PROJECT, Layout, require_disk
 from pipeline.config import CheckpointTeacher, Config
 from pipeline.flow import SHIP, Stage, why_run
@@ -125,17 +126,24 @@ def _measured_flops() -> float:
 
 
 def _dvc_changes() -> dict[str, Any]:
-    """``dvc status --json``: stage name to what changed."""
+    """``dvc status --json``: stage name to what changed.
+
+    Raises:
+        UserError: DVC is missing, or cannot read the project.
+    """
     dvc = Path(sys.executable).parent / "dvc"
-    done = subprocess.run(
-        [dvc, "status", "--json"], cwd=PROJECT, capture_output=True, text=True, check=False,
-        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-    )  # fmt: skip
     try:
-        changes: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        return {}
-    return changes
+        done = subprocess.run(
+            [dvc, "status", "--json"], cwd=PROJECT, capture_output=True, text=True, check=False,
+            env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+        )  # fmt: skip
+        if done.returncode == 0:
+            changes: dict[str, Any] = json.loads(done.stdout)
+            return changes
+        message = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    except (OSError, ValueError) as error:
+        message = str(error)
+    raise UserError("dvc status", message, "an answer from DVC", "make setup, or pip install '.[pipeline]'")
 
 
 def _dvc_reason(stage: Stage, config: Config, changes: dict[str, Any]) -> str | None:

@@ -112,8 +112,8 @@ def load_weights(path: Path) -> tuple[DecoderSpec, dict[str, QuantizedTensor | N
 def _take_quantized(tensors: dict[str, NDArray[Any]], name: str, bits: int, columns: int) -> QuantizedTensor:
     """Remove codes and scales of one weight from ``tensors`` and join them."""
     stored, scales = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
-    types = (stored.dtype, stored.ndim, scales.dtype)
-    if bits not in CODE_RANGE or types != (np.uint8 if bits == 4 else np.int8, 2, np.float16):
+    expected = np.uint8 if bits == 4 else np.int8
+    if bits not in CODE_RANGE or stored.ndim != 2 or stored.dtype != expected or scales.dtype != np.float16:
         raise ValueError(f"{name}: {bits} bits as {stored.dtype} {stored.shape} with scales as {scales.dtype}")
     codes = unpack_nibbles(stored) if bits == 4 else stored
     rows, padded = codes.shape
