@@ -63,6 +63,7 @@ _SIGNAL = tuple(
 )
 _FORMATS = "edge_runtime/formats"
 _MODELS = ("pipeline/distillation", _FORMATS)
+_STUDENT_LOGITS = ("pipeline/distillation/recording.py", "pipeline/stages/distill.py", "pipeline/stages/quantize.py")
 STAGES = {
     stage.name: stage
     for stage in (
@@ -70,21 +71,21 @@ STAGES = {
         Stage(
             "teacher",
             ("teacher", *_TRAINING, "seed", "threads"),
-            (*_MODELS, "pipeline/data"),
+            (*_MODELS, "pipeline/data", "pipeline/stages/distill.py"),
             ("clean",),
             "artifacts/teacher",
         ),
         Stage(
             "targets",
             (*_SIGNAL, "runtime.evaluation_sequences", "seed", "threads"),
-            (*_MODELS, "pipeline/data"),
+            (*_MODELS, "pipeline/data", "pipeline/stages/teacher.py", "pipeline/stages/distill.py"),
             ("clean", "teacher"),
             "artifacts/targets",
         ),
         Stage(
             "distill",
             ("submodel", "distill", "seed", "threads"),
-            _MODELS,
+            (*_MODELS, "pipeline/stages/teacher.py"),
             ("teacher", "targets"),
             "artifacts/students/{}",
         ),
@@ -98,26 +99,49 @@ STAGES = {
         Stage(
             "export",
             ("export", "runtime", "submodel"),
-            ("pipeline/export", "edge_runtime"),
+            (
+                *_STUDENT_LOGITS,
+                "pipeline/export",
+                "pipeline/distillation/teachers.py",
+                "edge_runtime",
+            ),
             ("teacher", "targets", "distill", "quantize"),
             "artifacts/exports/{}",
         ),
         Stage(
             "evaluate",
             ("export", "runtime", "gate", "submodel"),
-            ("pipeline/export", "pipeline/distillation/scoring.py", "edge_runtime"),
+            (
+                *_STUDENT_LOGITS,
+                "pipeline/export",
+                "pipeline/distillation/scoring.py",
+                "pipeline/stages/export.py",
+                "edge_runtime",
+            ),
             ("targets", "distill", "quantize", "export"),
             "artifacts/evaluations/{}",
         ),
         Stage(
             "package",
-            ("export", "runtime", "submodel"),
-            ("pipeline/report", _FORMATS),
+            ("export", "runtime", "submodel", "data.source"),
+            ("pipeline/report", "pipeline/export/assembly.py", _FORMATS),
             ("export", "evaluate"),
             "artifacts/packages/{}",
         ),
-        Stage("report", ("family", "runtime"), ("pipeline/report",), ("evaluate", "package"), "artifacts/report"),
-        Stage("register", ("track",), ("pipeline/tracking.py", "pipeline/tracking_ui.py"), ("package", "report"), "artifacts/register"),
+        Stage(
+            "report",
+            ("family", "runtime", "data.source"),
+            ("pipeline/report", "pipeline/stages/package.py"),
+            ("evaluate", "package"),
+            "artifacts/report",
+        ),
+        Stage(
+            "register",
+            ("track",),
+            ("pipeline/tracking.py", "pipeline/tracking_ui.py"),
+            ("package", "report"),
+            "artifacts/register",
+        ),
     )
 }
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
