@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
+_MOVED = "SEVENFOLD_INTERPRETER_CHOSEN"
 HELP = """Sevenfold pipeline: text and a 7B checkpoint in, signed 4-bit submodels out.
 
 usage: python -m pipeline [KEY=VALUE ...]
@@ -132,9 +133,13 @@ def _use_project_interpreter(arguments: list[str]) -> None:
     """Under a Python without our libraries (``.venv/bin/dvc`` without activation), go on in the project's own."""
     from importlib.util import find_spec
 
+    if find_spec("hydra") is not None:
+        return
     own = PROJECT / ".venv" / "bin" / "python"
-    if find_spec("hydra") is None and own.exists() and Path(sys.prefix).resolve() != own.parent.parent.resolve():
-        os.execv(own, [str(own), "-m", "pipeline", *arguments])
+    if own.exists() and _MOVED not in os.environ:  # once: the project's own may be incomplete too
+        os.execve(own, [str(own), "-m", "pipeline", *arguments], {**os.environ, _MOVED: "1"})
+    print("python: hydra is not installed here; type make setup, or pip install '.[pipeline]'", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

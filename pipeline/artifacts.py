@@ -149,12 +149,12 @@ def fingerprint(*parts: Any, code: Iterable[Path] = (), inputs: Iterable[str] = 
     return digest.hexdigest()
 
 
-def write_record(layout: Layout, output: Path, digest: str) -> None:
-    """Note that ``output`` is finished, what it was made from and what it holds.
+def write_record(layout: Layout, output: Path, digest: str, wall_s: float) -> None:
+    """Note that ``output`` is finished, what it was made from, what it holds and how long it took.
 
     Records lie outside the outputs: a package holds nothing that its manifest does not list.
     """
-    record = {"fingerprint": digest, "files": tree_digest(output), "state": _state(output)}
+    record = {"fingerprint": digest, "files": tree_digest(output), "state": _state(output), "wall_s": wall_s}
     write_json(layout.record(output), record)
 
 

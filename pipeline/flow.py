@@ -5,6 +5,7 @@ dvc.yaml says the same for DVC; tests compare the two.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -207,10 +208,11 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
         digest = stage_fingerprint(stage, config, layout)
         prepare_process(config)
         CONSOLE.print(f"{label} ...")
+        start_s = time.monotonic()
         with atomic_directory(stage.output(layout, config.submodel.name)) as output:
             run = StageRun(config, layout, output, layout.checkpoint(stage.name, digest))
             import_module(f"pipeline.stages.{stage.name}").run(run)
-        write_record(layout, stage.output(layout, config.submodel.name), digest)
+        write_record(layout, stage.output(layout, config.submodel.name), digest, round(time.monotonic() - start_s, 2))
     return True
 
 

@@ -98,13 +98,13 @@ class TestRecords:
     def test_a_finished_output_is_known_by_its_fingerprint(self, layout: Layout) -> None:
         before = tree_digest(layout.corpus)
         assert recorded_fingerprint(layout, layout.corpus) is None
-        write_record(layout, layout.corpus, "f00d")
+        write_record(layout, layout.corpus, "f00d", 1.0)
         assert recorded_fingerprint(layout, layout.corpus) == "f00d"
         assert content_digest(layout, layout.corpus) == tree_digest(layout.corpus) == before, "nothing lies inside"
 
     @pytest.mark.parametrize("change", ["content", "new file", "lost file", "lost record", "cut record", "gone"])
     def test_an_output_changed_by_something_else_is_unknown(self, layout: Layout, change: str) -> None:
-        write_record(layout, layout.corpus, "f00d")
+        write_record(layout, layout.corpus, "f00d", 1.0)
         record = layout.record(layout.corpus)
         {
             "content": lambda: (layout.corpus / "train.jsonl").write_text("other"),

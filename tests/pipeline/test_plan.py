@@ -48,10 +48,10 @@ def test_what_is_current_is_said_to_be(
     layout.corpus.mkdir(parents=True)
     layout.metrics("clean").parent.mkdir(parents=True)
     layout.metrics("clean").write_text("{}")
-    write_record(layout, layout.corpus, stage_fingerprint(STAGES["clean"], config, layout))
+    write_record(layout, layout.corpus, stage_fingerprint(STAGES["clean"], config, layout), 1.0)
     layout.teacher.mkdir()
     layout.metrics("teacher").write_text("{}")
-    write_record(layout, layout.teacher, "an earlier fingerprint")
+    write_record(layout, layout.teacher, "an earlier fingerprint", 1.0)
     print_plan([(STAGES[name], config) for name in ("clean", "teacher", "targets")], layout, with_dvc=False)
     assert [row[:3] for row in _rows(capsys.readouterr().out)] == [
         ["clean", "no", "current"],
