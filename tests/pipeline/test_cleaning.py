@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 
 import pytest
@@ -109,6 +110,7 @@ def test_both_renderings_of_a_document_fall_on_one_side() -> None:
         assert (plain.document, plain.held_out) == (asked.document, asked.held_out)
         assert (plain.kind, asked.kind) == ("plain", "question_answer")
         assert plain.text in asked.text and asked.text.startswith("Question: What is ")
+        assert plain.held_out is (int(hashlib.sha256(plain.text.encode()).hexdigest(), 16) % 5 == 0)
     assert 50 <= report.held_out <= 110, "a fifth of 400, within four standard deviations"
 
 

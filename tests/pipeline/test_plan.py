@@ -114,6 +114,16 @@ def test_needs_grow_with_the_sizes(demo: dict[str, Config], override: str, stage
             assert any(small < large for small, large in pairs), stage.name
 
 
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [("teacher.steps=900", "teacher"), ("distill.target_tokens=409600", "targets"), ("distill.steps=400", "distill")],
+)
+def test_twice_the_tokens_are_twice_the_arithmetic(demo: dict[str, Config], override: str, name: str) -> None:
+    doubled = load_configs(["submodel=small", override])["small"]
+    before, after = (estimate(STAGES[name], config).flops for config in (demo["small"], doubled))
+    assert before > 1e9 and after == pytest.approx(2 * before)
+
+
 def test_the_teachers_size_is_counted_from_its_configuration(demo: dict[str, Config]) -> None:
     from pipeline.distillation.teachers import build_teacher
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from edge_runtime.formats.errors import UserError
 from pipeline.config import SubmodelConfig
@@ -184,6 +184,14 @@ def test_a_students_checkpoint_is_one_that_transformers_loads(
     assert torch.equal(_logits(loaded), _logits(student))
     generated = loaded.generate(TOKENS[:1, :4], max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert generated.shape == (1, 9)
+
+
+def test_heads_keep_their_size_where_the_configuration_does_not_name_it() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    teacher = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)).eval()
+    assert getattr(teacher.config, "head_dim", None) is None
+    student = prune(teacher, measure_importance(teacher, [TOKENS]), StudentShape(32, 96, 2, 1))
+    assert student.model.layers[0].self_attn.q_proj.weight.shape == (64, 32) and student.config.head_dim == 16
 
 
 def test_the_baseline_has_the_students_shape_and_none_of_its_weights(make_model: MakeModel) -> None:

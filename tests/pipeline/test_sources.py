@@ -35,7 +35,11 @@ def test_a_known_docstring_and_a_known_topic_are_there(documentation: list[Docum
     assert json.dumps.__doc__.split("\n")[0] in dumps.text
 
 
-def test_order_is_the_same_every_time(documentation: list[Document]) -> None:
+def test_order_does_not_depend_on_the_file_system(
+    documentation: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rglob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(list(rglob(path, pattern))))
     assert list(python_documents()) == documentation
 
 
