@@ -96,12 +96,12 @@ def test_needs_are_positive_and_what_a_machine_can_have(demo: dict[str, Config])
     [
         ("teacher.num_layers=12", ["teacher", "targets", "distill", "export"]),
         ("teacher.hidden_size=512", ["teacher", "targets", "distill", "export"]),
-        ("teacher.steps=900", ["teacher"]),
-        ("distill.target_tokens=409600", ["targets"]),
+        ("teacher.steps=9000", ["teacher"]),
+        ("distill.target_tokens=4096000", ["targets"]),
         ("distill.draws=64", ["targets"]),
-        ("distill.steps=400", ["distill"]),
+        ("distill.steps=4000", ["distill"]),
         ("submodel.width=0.75", ["distill", "export"]),
-        ("runtime.evaluation_sequences=48", ["evaluate"]),
+        ("runtime.evaluation_sequences=480", ["evaluate"]),
     ],
 )
 def test_needs_grow_with_the_sizes(demo: dict[str, Config], override: str, stages: list[str]) -> None:
@@ -115,12 +115,14 @@ def test_needs_grow_with_the_sizes(demo: dict[str, Config], override: str, stage
 
 
 @pytest.mark.parametrize(
-    ("override", "name"),
-    [("teacher.steps=900", "teacher"), ("distill.target_tokens=409600", "targets"), ("distill.steps=400", "distill")],
+    ("section", "key", "name"),
+    [("teacher", "steps", "teacher"), ("distill", "target_tokens", "targets"), ("distill", "steps", "distill")],
 )
-def test_twice_the_tokens_are_twice_the_arithmetic(demo: dict[str, Config], override: str, name: str) -> None:
-    doubled = load_configs(["submodel=small", override])["small"]
-    before, after = (estimate(STAGES[name], config).flops for config in (demo["small"], doubled))
+def test_twice_the_tokens_are_twice_the_arithmetic(demo: dict[str, Config], section: str, key: str, name: str) -> None:
+    config = demo["small"]
+    values = getattr(config, section)
+    doubled = config.model_copy(update={section: values.model_copy(update={key: 2 * getattr(values, key)})})
+    before, after = (estimate(STAGES[name], each).flops for each in (config, doubled))
     assert before > 1e9 and after == pytest.approx(2 * before)
 
 
