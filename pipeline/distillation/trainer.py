@@ -54,7 +54,7 @@ def train(
     Raises:
         FloatingPointError: The loss or its gradient is not finite.
     """
-    optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), plan.learning_rate, _BETAS, _EPS)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), plan.learning_rate, _BETAS, _EPS, fused=True)
     step, history = _load_checkpoint(checkpoint, model, optimizer)
     model.train()
     with progress(label, plan.steps) as report:

@@ -56,6 +56,8 @@ def _shrink(conf: Path) -> None:
     for group, file in {**files, "runtime": "runtime/default", "gate": "gate/default"}.items():
         path = conf / f"{file}.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **ci[group], **_FEWER.get(group, {})}))
+    path = conf / "config.yaml"
+    path.write_text(path.read_text().replace("threads: 2", "threads: 1"))
     (conf / "family.yaml").write_text(yaml.safe_dump({"family": FAMILY}))
     for name, size in (("base", ci_submodel("ci_small")), ("tiny", ci_submodel("ci_tiny"))):
         (conf / "submodel" / f"{name}.yaml").write_text(yaml.safe_dump({**size, "name": name}))
