@@ -54,6 +54,9 @@ def main(arguments: list[str]) -> int:
     except SevenfoldError as error:
         print(error, file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"{error}; lower teacher.learning_rate or distill.learning_rate", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ dvc.yaml says the same for DVC; tests compare the two.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ _SIGNAL = tuple(
 )
 _FORMATS = "edge_runtime/formats"
 _MODELS = ("pipeline/distillation", _FORMATS)
-_STUDENT_LOGITS = ("pipeline/distillation/recording.py", "pipeline/stages/distill.py", "pipeline/stages/quantize.py")
+_STUDENT_LOGITS = "pipeline/distillation/recording.py"
 STAGES = {
     stage.name: stage
     for stage in (
@@ -72,21 +73,21 @@ STAGES = {
         Stage(
             "teacher",
             ("teacher", *_TRAINING, "seed", "threads"),
-            (*_MODELS, "pipeline/data", "pipeline/stages/distill.py"),
+            (*_MODELS, "pipeline/data"),
             ("clean",),
             "artifacts/teacher",
         ),
         Stage(
             "targets",
             (*_SIGNAL, "runtime.evaluation_sequences", "seed", "threads"),
-            (*_MODELS, "pipeline/data", "pipeline/stages/teacher.py", "pipeline/stages/distill.py"),
+            (*_MODELS, "pipeline/data"),
             ("clean", "teacher"),
             "artifacts/targets",
         ),
         Stage(
             "distill",
             ("submodel", "distill", "seed", "threads"),
-            (*_MODELS, "pipeline/stages/teacher.py"),
+            _MODELS,
             ("teacher", "targets"),
             "artifacts/students/{}",
         ),
@@ -101,7 +102,7 @@ STAGES = {
             "export",
             ("export", "runtime", "submodel"),
             (
-                *_STUDENT_LOGITS,
+                _STUDENT_LOGITS,
                 "pipeline/export",
                 "pipeline/distillation/teachers.py",
                 "edge_runtime",
@@ -113,10 +114,9 @@ STAGES = {
             "evaluate",
             ("export", "runtime", "gate", "submodel"),
             (
-                *_STUDENT_LOGITS,
+                _STUDENT_LOGITS,
                 "pipeline/export",
                 "pipeline/distillation/scoring.py",
-                "pipeline/stages/export.py",
                 "edge_runtime",
             ),
             ("targets", "distill", "quantize", "export"),
@@ -146,6 +146,7 @@ STAGES = {
     )
 }
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
+_TORCHLESS = ("clean", "report", "register")
 
 
 def stage_names() -> list[str]:
@@ -206,7 +207,7 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
             CONSOLE.print(f"{label}: current, skipped")
             return False
         digest = stage_fingerprint(stage, config, layout)
-        prepare_process(config)
+        prepare_process(stage, config)
         CONSOLE.print(f"{label} ...")
         start_s = time.monotonic()
         with atomic_directory(stage.output(layout, config.submodel.name)) as output:
@@ -216,10 +217,8 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
     return True
 
 
-def prepare_process(config: Config) -> None:
-    """Fix thread counts and determinism; keep libraries quiet and at home."""
-    import os
-
+def prepare_process(stage: Stage, config: Config) -> None:
+    """Fix thread counts and determinism before torch is loaded; keep libraries quiet and at home."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DISABLE_TELEMETRY", "1")
     if config.teacher.kind != "hub":
@@ -228,6 +227,8 @@ def prepare_process(config: Config) -> None:
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     # OpenMP threads that spin at every barrier train 30 times slower as soon as another process wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if stage.name in _TORCHLESS:
+        return
     import torch
     from transformers.utils import logging
 

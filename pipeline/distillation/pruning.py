@@ -111,8 +111,10 @@ def measure_importance(model: Any, batches: Sequence[torch.Tensor]) -> Importanc
 def prune(model: Any, importance: Importance, shape: StudentShape) -> Any:
     """A new transformers model of ``shape`` holding the teacher's most important parts, in fp32."""
     config = _student_config(model.config, shape)
-    student = type(model)(config).float()
     kept_layers = _top(importance.layers, shape.num_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [model.config.layer_types[layer] for layer in kept_layers]
+    student = type(model)(config).float()
     hidden = _top(importance.hidden, shape.hidden_size)
     source = model.state_dict()
     state = {}
@@ -188,4 +190,4 @@ def _spans(groups: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _rounded(size: int, ratio: float, step: int) -> int:
-    return min(size, max(step, round(size * ratio / step) * step))
+    return size if ratio == 1 else min(size, max(step, round(size * ratio / step) * step))

@@ -72,6 +72,12 @@ def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> to
     return logits.float().cpu()
 
 
+def model_logits(model: Any, sequences: NDArray[np.int32]) -> Iterator[NDArray[np.float32]]:
+    """(T, V) float32 logits, one sequence after another."""
+    for row in sequences:
+        yield teacher_logits(model, row[None], bf16=False)[0].numpy()
+
+
 def _open(path: Path, shape: tuple[int, ...], dtype: Any, marker: Path) -> Any:
     """Map a file for writing; an earlier run's file of the same shape is continued, a new one makes ``marker`` void."""
     if path.exists():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.formats.errors import UserError
+from pipeline.artifacts import read_json
 from pipeline.config import CheckpointTeacher, FromScratchTeacher
 
 QUESTION_TEMPLATE = "Question: {{ messages[-1]['content'] }}\nAnswer:"
@@ -66,6 +67,12 @@ def resolve_checkpoint(config: CheckpointTeacher) -> Path:
         if missing:
             raise UserError("teacher.path", f"missing {', '.join(missing)}", "every shard that the index names")
     return path
+
+
+def read_source(folder: Path) -> TeacherSource:
+    """What the teacher stage wrote; a teacher trained here lies beside teacher.json."""
+    source = TeacherSource(**read_json(folder / "teacher.json"))
+    return source if Path(source.path).is_absolute() else replace(source, path=str(folder))
 
 
 def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipeline.progress import progress
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 Loss = Callable[[torch.Tensor, NDArray[np.int64], torch.Tensor], torch.Tensor]
 """(logits (B, T, V), sequence numbers (B,), tokens (B, T)) -> scalar."""
@@ -54,7 +57,9 @@ def train(
     Raises:
         FloatingPointError: The loss or its gradient is not finite.
     """
-    optimizer = torch.optim.AdamW(_parameter_groups(model, plan.weight_decay), plan.learning_rate, _BETAS, _EPS, fused=True)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, plan.weight_decay), plan.learning_rate, _BETAS, _EPS, fused=True
+    )
     step, history = _load_checkpoint(checkpoint, model, optimizer)
     model.train()
     with progress(label, plan.steps) as report:
@@ -82,6 +87,26 @@ def train(
                 _save_checkpoint(checkpoint, model, optimizer, step, history)
     model.eval()
     return history
+
+
+def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: float) -> TrainPlan:
+    """The plan of one training, the rest of it from the configuration."""
+    distill = config.distill
+    return TrainPlan(
+        steps=steps,
+        batch_sequences=batch_sequences,
+        learning_rate=learning_rate,
+        weight_decay=distill.weight_decay,
+        warmup_ratio=distill.warmup_ratio,
+        bf16=uses_bf16(config),
+        seed=config.seed,
+        checkpoint_every_steps=distill.checkpoint_every_steps,
+    )
+
+
+def uses_bf16(config: Config) -> bool:
+    """Whether matrices are multiplied in bfloat16 on this machine."""
+    return {"auto": computes_bf16(), "bf16": True, "fp32": False}[config.distill.precision]
 
 
 def discard_checkpoint(checkpoint: Path) -> None:

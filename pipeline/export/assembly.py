@@ -13,11 +13,17 @@ from edge_runtime.formats.decoder import DecoderSpec
 from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
-from pipeline.artifacts import file_digest, read_json
+from pipeline.artifacts import PROJECT, file_digest, read_json
 from pipeline.config import Config
 
 EXPORT_FILE = "export.json"
+WEIGHTS_FILE, LEGACY_FILE = "weights.safetensors", "legacy.safetensors"
 MODEL_CARD = "README.md"
+
+
+def legacy_python(config: Config) -> Path:
+    """The interpreter of the numpy<2 environment; a relative path counts from the project."""
+    return PROJECT / config.export.legacy_python
 
 
 def adapter_slots(config: Config, container: str) -> AdapterSlots:

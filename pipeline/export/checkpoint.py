@@ -6,7 +6,8 @@ Everything a container cannot represent is refused here, once, so that no export
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,15 @@ _LAYER_TENSOR = re.compile(
     r"|(input|post_attention)_layernorm\.weight)"
 )
 _OUTER_TENSORS = {f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight", f"{HEAD}.weight"}
+
+
+def load_student(path: Path) -> Any:
+    """A student as the distill stage wrote it: a transformers model in fp32, for inference."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    return model.eval()
 
 
 def spec_of(model: PreTrainedModel, context_tokens: int) -> DecoderSpec:

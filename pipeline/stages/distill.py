@@ -5,7 +5,6 @@ The same shape trained from scratch on the same tokens is the baseline; it is me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import StageRun, write_json
-from pipeline.config import Config
 from pipeline.distillation.scoring import kl_from_draws, perplexity
-from pipeline.stages.teacher import load_source
 
 
 def run(run: StageRun) -> None:
@@ -26,11 +23,11 @@ def run(run: StageRun) -> None:
     from pipeline.distillation import losses
     from pipeline.distillation.pruning import Importance, prune, random_student, student_shape
     from pipeline.distillation.signals import StoredSource
-    from pipeline.distillation.teachers import load_checkpoint
-    from pipeline.distillation.trainer import discard_checkpoint, train
+    from pipeline.distillation.teachers import load_checkpoint, read_source
+    from pipeline.distillation.trainer import discard_checkpoint, train, train_plan
 
     config, targets = run.config, run.layout.targets
-    source = load_source(run.layout)
+    source = read_source(run.layout.teacher)
     teacher = load_checkpoint(source, load=None if source.load in ("fp32", "bf16") else "bf16")
     shape = student_shape(teacher.config, config.submodel)
     student = prune(teacher, Importance(**load_file(targets / "importance.safetensors")), shape)
@@ -63,35 +60,11 @@ def run(run: StageRun) -> None:
 
 def measure(model: Any, targets: Path) -> dict[str, float]:
     """Held-out perplexity and KL to the teacher of a transformers model."""
+    from pipeline.distillation.recording import model_logits
+
     sequences = np.load(targets / "held_out.npy")
     draws, log_p = (np.load(targets / f"held_out_{name}.npy") for name in ("draws", "log_p"))
     return {
         "perplexity": round(perplexity(model_logits(model, sequences), sequences), 4),
         "kl_to_teacher": round(kl_from_draws(model_logits(model, sequences), draws, log_p), 6),
     }
-
-
-def model_logits(model: Any, sequences: NDArray[np.int32]) -> Iterator[NDArray[np.float32]]:
-    """(T, V) float32 logits, one sequence after another."""
-    from pipeline.distillation.recording import teacher_logits
-
-    for row in sequences:
-        yield teacher_logits(model, row[None], bf16=False)[0].numpy()
-
-
-def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: float) -> Any:
-    """The trainer's plan from the configuration."""
-    from pipeline.distillation.trainer import TrainPlan
-
-    distill = config.distill
-    return TrainPlan(
-        steps, batch_sequences, learning_rate, distill.weight_decay, distill.warmup_ratio, uses_bf16(config),
-        config.seed, distill.checkpoint_every_steps,
-    )  # fmt: skip
-
-
-def uses_bf16(config: Config) -> bool:
-    """Whether matrices are multiplied in bfloat16 on this machine."""
-    from pipeline.distillation.trainer import computes_bf16
-
-    return {"auto": computes_bf16(), "bf16": True, "fp32": False}[config.distill.precision]

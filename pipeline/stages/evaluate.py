@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from pipeline.artifacts import StageRun, read_json, write_json
 from pipeline.config import GateConfig
 from pipeline.distillation.scoring import agreement, kl_from_draws
-from pipeline.export.assembly import trial_package
+from pipeline.export.assembly import WEIGHTS_FILE, legacy_python, trial_package
+from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import run_bench, run_edge
 from pipeline.progress import progress
-from pipeline.stages.export import legacy_python
-from pipeline.stages.quantize import WEIGHTS_FILE, load_student
 
 _BENCH_PROMPT_TOKENS = 32
 
@@ -84,7 +83,7 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
 def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, float], str]:
     """Score, time and sample one container."""
     config, targets = run.config, run.layout.targets
-    python = legacy_python(run) if container == "tflite_legacy" else Path(sys.executable)
+    python = legacy_python(config) if container == "tflite_legacy" else Path(sys.executable)
     threads = config.runtime.threads
     sequences = np.load(targets / "held_out.npy")[:, : config.export.context_tokens]
     with tempfile.TemporaryDirectory() as folder:
@@ -114,10 +113,10 @@ def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, fl
 
 
 def _quality(run: StageRun, sequences: NDArray[np.int32], found: NDArray[np.float32]) -> dict[str, float]:
-    from pipeline.stages.distill import model_logits
+    from pipeline.distillation.recording import model_logits
 
     targets, length = run.layout.targets, sequences.shape[1]
-    student = load_student(run)
+    student = load_student(run.layout.student(run.submodel))
     to_fp = agreement(model_logits(student, sequences), _rows(found))
     draws, log_p, top1 = (np.load(targets / f"held_out_{name}.npy")[:, :length] for name in ("draws", "log_p", "top1"))
     return {

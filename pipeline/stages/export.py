@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.int4 import load_weights
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
-from pipeline.artifacts import PROJECT, StageRun, write_json
-from pipeline.export.assembly import EXPORT_FILE, seal
+from pipeline.artifacts import StageRun, write_json
+from pipeline.export.assembly import EXPORT_FILE, LEGACY_FILE, WEIGHTS_FILE, legacy_python, seal
+from pipeline.export.checkpoint import load_student
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.parity import (
     compare_logits,
@@ -25,7 +26,6 @@ from pipeline.export.parity import (
     run_bench,
 )
 from pipeline.progress import progress
-from pipeline.stages.quantize import LEGACY_FILE, WEIGHTS_FILE, load_student
 
 _EXACT_CHECK_BYTES = 500_000_000
 _GOLDEN_TOKENS, _GOLDEN_TOP = 16, 8
@@ -61,16 +61,11 @@ def require_legacy_python(run: StageRun) -> None:
     Raises:
         UserError: The legacy container is wanted and its environment is missing.
     """
-    if "tflite_legacy" in run.config.export.containers and not legacy_python(run).exists():
+    if "tflite_legacy" in run.config.export.containers and not legacy_python(run.config).exists():
         raise UserError(
             "export.legacy_python", str(run.config.export.legacy_python), "a Python with tflite-runtime 2.14",
             "make setup, or export.containers=[onnx,tflite]",
         )  # fmt: skip
-
-
-def legacy_python(run: StageRun) -> Path:
-    """The interpreter of the numpy<2 environment; a relative path counts from the project."""
-    return PROJECT / run.config.export.legacy_python
 
 
 def _write_common(run: StageRun) -> None:
@@ -125,10 +120,12 @@ def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
 
 
 def _dequantized_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    from pipeline.stages.distill import model_logits
+    from pipeline.distillation.recording import model_logits
 
     _, weights = load_weights(source)
-    return np.stack(list(model_logits(load_dequantized(load_student(run), weights), tokens)))
+    return np.stack(
+        list(model_logits(load_dequantized(load_student(run.layout.student(run.submodel)), weights), tokens))
+    )
 
 
 def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -143,7 +140,7 @@ def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) ->
         np.save(Path(folder) / "tokens.npy", tokens)
         logits = Path(folder) / "logits.npy"
         run_bench(
-            legacy_python(run), package, container, threads=run.config.runtime.threads,
+            legacy_python(run.config), package, container, threads=run.config.runtime.threads,
             arguments=["--repeat", "0", "--score", f"{folder}/tokens.npy", "--logits-out", str(logits)],
         )  # fmt: skip
         return np.asarray(np.load(logits, allow_pickle=False))

@@ -6,9 +6,8 @@ from typing import Any
 
 from edge_runtime.formats.package import MODEL_CARD_FILE
 from pipeline.artifacts import StageRun, file_digest, read_json, write_json
-from pipeline.export.assembly import copy_exports, seal
+from pipeline.export.assembly import WEIGHTS_FILE, copy_exports, seal
 from pipeline.report.card import write_card
-from pipeline.stages.quantize import WEIGHTS_FILE
 
 _SIGNED_FIGURES = ("kl_to_fp", "top1_to_fp", "perplexity")
 

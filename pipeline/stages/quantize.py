@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, save_weights
 from pipeline.artifacts import StageRun, write_json
+from pipeline.export.assembly import LEGACY_FILE, WEIGHTS_FILE
 from pipeline.progress import progress
 from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor, relative_error
-
-WEIGHTS_FILE, LEGACY_FILE = "weights.safetensors", "legacy.safetensors"
 
 
 def run(run: StageRun) -> None:
     """Write weights.safetensors, and legacy.safetensors when the legacy container is made."""
-    from pipeline.export.checkpoint import float_weights, spec_of
+    from pipeline.export.checkpoint import float_weights, load_student, spec_of
 
     config, settings = run.config, run.config.quantize
-    model = load_student(run)
+    model = load_student(run.layout.student(run.submodel))
     spec, floats = pad_intermediate(spec_of(model, config.export.context_tokens), float_weights(model), settings.group)
     positive = "tflite" in config.export.containers
     codes: dict[str, Any] = {}
@@ -30,10 +30,17 @@ def run(run: StageRun) -> None:
             if weight.ndim != 2:
                 codes[name] = legacy[name] = weight
                 continue
-            codes[name] = quantize_tensor(
-                weight, bits=settings.bits, group=settings.group, rounding=settings.rounding, positive_scales=positive
-            )
-            legacy[name] = quantize_per_tensor(weight)
+            try:
+                codes[name] = quantize_tensor(
+                    weight,
+                    bits=settings.bits,
+                    group=settings.group,
+                    rounding=settings.rounding,
+                    positive_scales=positive,
+                )
+                legacy[name] = quantize_per_tensor(weight)
+            except ValueError as error:
+                raise ExportError(f"{name}: {error}; the student cannot be quantized, distil it again") from error
             errors[name] = round(relative_error(weight, codes[name]), 8)
             report(done, name)
     save_weights(run.output / WEIGHTS_FILE, spec, codes)
@@ -49,13 +56,3 @@ def run(run: StageRun) -> None:
         "params": unique,
     }
     write_json(run.layout.metrics("quantize", run.submodel), metrics)
-
-
-def load_student(run: StageRun) -> Any:
-    """The fp32 student that the distill stage wrote."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = run.layout.student(run.submodel)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    return model.eval()

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pipeline.artifacts import StageRun, write_json
 from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts
 from pipeline.progress import progress
-from pipeline.stages.teacher import load_source
 
 HELD_OUT_DRAWS = 64
 
@@ -24,12 +23,11 @@ HELD_OUT_DRAWS = 64
 def run(run: StageRun) -> None:
     """Write the token sequences, the stored teacher signal and the importance scores."""
     from pipeline.distillation.recording import record_draws
-    from pipeline.distillation.teachers import load_checkpoint
-    from pipeline.distillation.trainer import discard_checkpoint
-    from pipeline.stages.distill import uses_bf16
+    from pipeline.distillation.teachers import load_checkpoint, read_source
+    from pipeline.distillation.trainer import discard_checkpoint, uses_bf16
 
     config = run.config
-    teacher = load_checkpoint(load_source(run.layout))
+    teacher = load_checkpoint(read_source(run.layout.teacher))
     sequences = _pack(run, teacher)
     _save_importance(run, teacher, sequences["train"])
     with progress("targets", sum(map(len, sequences.values()))) as report:
@@ -78,10 +76,10 @@ def _save_importance(run: StageRun, teacher: Any, train: NDArray[np.int32]) -> N
 
 
 def _metrics(run: StageRun, teacher: Any, sequences: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
-    from pipeline.distillation.recording import teacher_logits
+    from pipeline.distillation.recording import model_logits
     from pipeline.distillation.scoring import perplexity
 
-    logits = (teacher_logits(teacher, row[None], bf16=False)[0].numpy() for row in sequences["held_out"])
+    logits = model_logits(teacher, sequences["held_out"])
     return {
         "params": sum(parameter.numel() for parameter in teacher.parameters()),
         "perplexity": round(perplexity(logits, sequences["held_out"]), 4),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 
-from pipeline.artifacts import Layout, StageRun, read_json, write_json
+from pipeline.artifacts import StageRun, write_json
 from pipeline.config import CheckpointTeacher, FromScratchTeacher
 from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts, train_tokenizer
 from pipeline.distillation.teachers import (
@@ -25,12 +24,6 @@ def run(run: StageRun) -> None:
         _refer(run, run.config.teacher)
 
 
-def load_source(layout: Layout) -> TeacherSource:
-    """Where this run's teacher is; a teacher trained here lies beside teacher.json."""
-    source = TeacherSource(**read_json(layout.teacher / "teacher.json"))
-    return source if Path(source.path).is_absolute() else replace(source, path=str(layout.teacher))
-
-
 def _refer(run: StageRun, teacher: CheckpointTeacher) -> None:
     path = resolve_checkpoint(teacher)
     save_tokenizer(path, run.output)
@@ -41,8 +34,7 @@ def _refer(run: StageRun, teacher: CheckpointTeacher) -> None:
 
 def _train(run: StageRun, teacher: FromScratchTeacher) -> None:
     from pipeline.distillation.losses import next_token_loss
-    from pipeline.distillation.trainer import discard_checkpoint, train
-    from pipeline.stages.distill import train_plan
+    from pipeline.distillation.trainer import discard_checkpoint, train, train_plan
 
     config = run.config
     texts = shuffle_texts(list(read_texts(run.layout.corpus / "train.jsonl")), config.seed)

@@ -84,7 +84,7 @@ class TestExecute:
             write_json(run.layout.metrics("distill", run.submodel), {})
 
         monkeypatch.setattr(flow, "import_module", lambda _name: type("Module", (), {"run": staticmethod(run)}))
-        monkeypatch.setattr(flow, "prepare_process", lambda _config: None)
+        monkeypatch.setattr(flow, "prepare_process", lambda _stage, _config: None)
         return calls
 
     def test_a_current_output_is_left_alone(self, ran: list[str], config: Config, tmp_path: Path) -> None:
