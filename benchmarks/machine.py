@@ -17,7 +17,7 @@ def heading(title: str) -> str:
     device = probe_device(Path())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     memory = f"{(device.memory_bytes or 0) / 2**30:.0f} GiB"
-    versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
+    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in _VERSIONS)
     return (
         f"### {title}\n\n{device.cpu_model}, {device.cores} cores, {memory}, {device.system}; {versions}; "
         f"commit {commit.stdout.strip() or 'unknown'}\n"

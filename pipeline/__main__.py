@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     from pipeline.artifacts import Layout
     from pipeline.config import config_digest, load_configs
     from pipeline.flow import STAGES, execute, planned
-    from pipeline.plan import print_plan, require_resources
+    from pipeline.plan import print_plan, require_resources, require_sources
     from pipeline.summary import print_summary
 
     configs = load_configs(arguments)
@@ -76,6 +76,8 @@ def _run(arguments: list[str]) -> int:
     chosen = [(stage, config) for stage, config in planned(configs) if _is_chosen(stage.name, first.stage)]
     if not chosen:
         _refuse_stage(first.stage)
+    if first.stage is None:
+        require_sources(first)
     if first.dry_run:
         print_plan(chosen, layout, with_dvc=in_place and first.stage is None)
         return 0

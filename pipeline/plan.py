@@ -59,6 +59,23 @@ def print_plan(chosen: Sequence[tuple[Stage, Config]], layout: Layout, *, with_d
     console.print(f"output {layout.root}, {_size(disk)} of disk, {_size(memory)} of memory, about {_time(seconds)}")
 
 
+def require_sources(config: Config) -> None:
+    """Refuse a run whose teacher, text or legacy runtime is not there, before anything is done.
+
+    Raises:
+        UserError: One of them is missing; the message names it.
+    """
+    from pipeline.data.sources import document_files
+    from pipeline.distillation.teachers import resolve_checkpoint
+    from pipeline.export.assembly import require_legacy_python
+
+    if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
+        resolve_checkpoint(config.teacher)
+    if config.data.path is not None:
+        document_files(config.data.path)
+    require_legacy_python(config)
+
+
 def require_resources(chosen: Sequence[tuple[Stage, Config]], layout: Layout) -> None:
     """Refuse a run that the free disk cannot hold.
 

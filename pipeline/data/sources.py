@@ -17,6 +17,7 @@ from typing import Any
 from edge_runtime.formats.errors import UserError
 
 _TEXT_CHUNK_CHARS = 2_000
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
 # Modules in C whose docstrings no source file shows; each is safe to import.
 _BUILT_IN_MODULES = (
@@ -65,22 +66,26 @@ def file_documents(path: Path) -> Iterator[Document]:
     Raises:
         UserError: Nothing is there, a file has another type, or a row has neither set of fields.
     """
-    readers: dict[str, Callable[[Path], Iterator[Document]]] = {
-        ".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet,
-    }  # fmt: skip
-    if not path.exists():
-        raise UserError("data.path", str(path), "an existing file or folder", "check the path")
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in readers and p.is_file())
-    if not paths or paths[0].suffix not in readers:
-        raise UserError("data.path", str(path), ".txt, .jsonl or .parquet files", "convert the file to one of these")
-    for file in paths:
+    readers: dict[str, Callable[[Path], Iterator[Document]]] = dict(
+        zip(_SUFFIXES, (_read_txt, _read_jsonl, _read_parquet), strict=True)
+    )
+    for file in document_files(path):
         yield from readers[file.suffix](file)
 
 
-def count_bytes(path: Path) -> int:
-    """Bytes of the files that ``file_documents`` would read."""
-    paths = [path] if path.is_file() else path.rglob("*")
-    return sum(p.stat().st_size for p in paths if p.suffix in (".txt", ".jsonl", ".parquet") and p.is_file())
+def document_files(path: Path) -> list[Path]:
+    """The files that ``file_documents`` reads, in its order.
+
+    Raises:
+        UserError: Nothing is there, or nothing of a type that it reads.
+    """
+    if not path.exists():
+        raise UserError("data.path", str(path), "an existing file or folder", "check the path")
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    usable = [p for p in paths if p.suffix in _SUFFIXES]
+    if not usable:
+        raise UserError("data.path", str(path), ".txt, .jsonl or .parquet files", "convert the file to one of these")
+    return usable
 
 
 def _sections(topic: str, name: str) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from edge_runtime.formats.decoder import DecoderSpec
+from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
@@ -24,6 +25,21 @@ MODEL_CARD = "README.md"
 def legacy_python(config: Config) -> Path:
     """The interpreter of the numpy<2 environment; a relative path counts from the project."""
     return PROJECT / config.export.legacy_python
+
+
+def require_legacy_python(config: Config) -> None:
+    """Refuse early what could not be verified at the end.
+
+    Raises:
+        UserError: The legacy container is wanted and its environment is missing.
+    """
+    if "tflite_legacy" in config.export.containers and not legacy_python(config).exists():
+        raise UserError(
+            "export.legacy_python",
+            str(config.export.legacy_python),
+            "a Python with tflite-runtime 2.14",
+            "make setup, or export.containers=[onnx,tflite]",
+        )
 
 
 def adapter_slots(config: Config, container: str) -> AdapterSlots:

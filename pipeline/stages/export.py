@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.int4 import load_weights
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
 from pipeline.artifacts import StageRun, write_json
-from pipeline.export.assembly import EXPORT_FILE, LEGACY_FILE, WEIGHTS_FILE, legacy_python, seal
+from pipeline.export.assembly import EXPORT_FILE, LEGACY_FILE, WEIGHTS_FILE, legacy_python, require_legacy_python, seal
 from pipeline.export.checkpoint import load_student
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.parity import (
@@ -34,7 +33,7 @@ _GOLDEN_TOKENS, _GOLDEN_TOP = 16, 8
 def run(run: StageRun) -> None:
     """Write the containers, the tokenizer and golden vectors; refuse files that do not compute the codes."""
     config, weights_dir = run.config, run.layout.weights(run.submodel)
-    require_legacy_python(run)
+    require_legacy_python(config)
     _write_common(run)
     sources = {"onnx": WEIGHTS_FILE, "tflite": WEIGHTS_FILE, "tflite_legacy": LEGACY_FILE}
     metrics: dict[str, Any] = {}
@@ -53,19 +52,6 @@ def run(run: StageRun) -> None:
             exact = _exact_onnx_logits(run, weights_dir / WEIGHTS_FILE, tokens)
             metrics["onnx"]["exact_max_abs"] = compare_logits(_rows(expected), _rows(exact)).max_abs
     write_json(run.layout.metrics("export", run.submodel), metrics)
-
-
-def require_legacy_python(run: StageRun) -> None:
-    """Refuse early what could not be verified at the end.
-
-    Raises:
-        UserError: The legacy container is wanted and its environment is missing.
-    """
-    if "tflite_legacy" in run.config.export.containers and not legacy_python(run.config).exists():
-        raise UserError(
-            "export.legacy_python", str(run.config.export.legacy_python), "a Python with tflite-runtime 2.14",
-            "make setup, or export.containers=[onnx,tflite]",
-        )  # fmt: skip
 
 
 def _write_common(run: StageRun) -> None:

@@ -161,3 +161,20 @@ def test_held_out_documents_train_nothing(finished):
     assert not {row["document"] for row in texts["train"]} & {row["document"] for row in texts["held_out"]}
     train, held_out = (np.load(layout.targets / f"{side}.npy") for side in ("train", "held_out"))
     assert not {row.tobytes() for row in train} & {row.tobytes() for row in held_out}
+
+
+def test_own_checkpoint_and_own_text_make_a_family(project, finished, tmp_path):
+    """The command that the README gives a user: teacher=local, data=local."""
+    text = tmp_path / "notes.jsonl"
+    rows = [json.loads(line) for line in (finished.layout.corpus / "train.jsonl").open(encoding="utf-8")][:400]
+    text.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows), encoding="utf-8")
+    done = run_pipeline(
+        project, *OVERRIDES, "teacher=local", f"teacher.path={finished.layout.teacher}", "data=local",
+        f"data.path={text}", "family=[ci_tiny]", "submodel=ci_tiny", "export.containers=[onnx]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    root = project / done.stderr.split("output: ")[1].split()[0]
+    family = json.loads((root / "reports" / "family.json").read_text())
+    assert family["dataset"]["documents"] == 400 and family["dataset"]["source"] == "local"
+    assert family["teacher"]["params"] == json.loads(finished.layout.metrics("targets").read_text())["params"]
+    assert set(family["submodels"]["ci_tiny"]["packages"]) == {"onnx"}
