@@ -71,9 +71,15 @@ def _run(arguments: list[str]) -> int:
 
     configs = load_configs(arguments)
     first = next(iter(configs.values()))
-    in_place = all(argument.partition("=")[0] in ("stage", "submodel", "dry_run") for argument in arguments)
+    given = dict(argument.split("=", 1) for argument in arguments)
+    in_place = set(given) <= {"dry_run"} or ("stage" in given and set(given) <= {"stage", "submodel", "dry_run"})
     layout = Layout(PROJECT if in_place else PROJECT / "runs" / config_digest(configs))
-    chosen = [(stage, config) for stage, config in planned(configs) if _is_chosen(stage.name, first.stage)]
+    chosen = [
+        (stage, config)
+        for stage, config in planned(configs)
+        if _is_chosen(stage.name, first.stage)
+        and (not stage.per_submodel or given.get("submodel", config.submodel.name) == config.submodel.name)
+    ]
     if not chosen:
         _refuse_stage(first.stage)
     if first.stage is None:
@@ -81,7 +87,7 @@ def _run(arguments: list[str]) -> int:
     if first.dry_run:
         print_plan(chosen, layout, with_dvc=in_place and first.stage is None)
         return 0
-    if in_place and first.stage is None and len(arguments) == 0:
+    if in_place and first.stage is None:
         return _reproduce(configs, layout)
     if not in_place:
         print(f"output: {layout.root.relative_to(PROJECT)}", file=sys.stderr)

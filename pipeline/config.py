@@ -219,7 +219,8 @@ class Config(_Strict):
 def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
     """Compose and validate one Config for each submodel of the family, in its order.
 
-    With ``submodel=NAME`` among the overrides, only for that one.
+    ``submodel=NAME`` among the overrides makes a family of that one, unless ``stage`` names one step of a run
+    of the whole family.
 
     Raises:
         ConfigError: One line for each fault: misspelt keys and options, values out of range.
@@ -234,24 +235,30 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
         first, errors = _validate(values)
         if faults or errors or first is None:
             raise ConfigError("\n".join(dict.fromkeys([*faults, *errors])))
-        if any(override.startswith("submodel=") for override in overrides):
-            return {first.submodel.name: first}
-        configs = {}
-        for name in first.family:
-            options = _options("submodel")
-            if name not in options:
-                raise ConfigError(f"family: got {name!r}, allowed: {', '.join(options)}{_did_you_mean(name, options)}")
-            config, errors = _validate(_compose([*usable, f"submodel={name}"])[0])
-            if config is None:
-                raise ConfigError("\n".join(errors))
-            configs[name] = config
-        return configs
+        family = first.family
+        if any(override.startswith("submodel=") for override in usable):
+            if first.stage is None:
+                family = [first.submodel.name]
+                usable.append(f"family=[{family[0]}]")
+            elif first.submodel.name not in family:
+                raise ConfigError(f"submodel: got {first.submodel.name!r}, allowed in this family: {', '.join(family)}")
+        return {name: _member(usable, name) for name in family}
 
 
 def config_digest(configs: dict[str, Config]) -> str:
     """Twelve hex digits that name this configuration; stage and dry_run do not count."""
     values = {name: config.model_dump(mode="json", exclude={"stage", "dry_run"}) for name, config in configs.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _member(overrides: Sequence[str], name: str) -> Config:
+    options = _options("submodel")
+    if name not in options:
+        raise ConfigError(f"family: got {name!r}, allowed: {', '.join(options)}{_did_you_mean(name, options)}")
+    config, errors = _validate(_compose([*overrides, f"submodel={name}"])[0])
+    if config is None:
+        raise ConfigError("\n".join(errors))
+    return config
 
 
 def _compose(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -56,7 +56,10 @@ def print_plan(chosen: Sequence[tuple[Stage, Config]], layout: Layout, *, with_d
         table.add_row(label, "yes", reason, _size(needs.disk_bytes), _size(needs.memory_bytes), _time(needed_s))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"output {layout.root}, {_size(disk)} of disk, {_size(memory)} of memory, about {_time(seconds)}")
+    console.print(
+        f"output {layout.root}, {_size(disk)} of disk, {_size(memory)} of memory, about {_time(seconds)}",
+        soft_wrap=True,
+    )
 
 
 def require_sources(config: Config) -> None:

@@ -20,7 +20,7 @@ def print_summary(layout: Layout) -> None:
     console.print(f"\nprompt: {family['prompt']!r}")
     for name, submodel in family["submodels"].items():
         for container, text in submodel["samples"].items():
-            console.print(f"  {name} {container}: {text!r}", markup=False)
+            console.print(f"  {name} {container}: {text!r}", markup=False, soft_wrap=True)
     register = layout.root / "artifacts" / "register" / "register.json"
     packages = (layout.root / "artifacts" / "packages").relative_to(PROJECT)
     smallest = list(family["submodels"])[-1]

@@ -170,7 +170,7 @@ def test_own_checkpoint_and_own_text_make_a_family(project, finished, tmp_path):
     text.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows), encoding="utf-8")
     done = run_pipeline(
         project, *OVERRIDES, "teacher=local", f"teacher.path={finished.layout.teacher}", "data=local",
-        f"data.path={text}", "family=[ci_tiny]", "submodel=ci_tiny", "export.containers=[onnx]",
+        f"data.path={text}", "submodel=ci_tiny", "export.containers=[onnx]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     root = project / done.stderr.split("output: ")[1].split()[0]
