@@ -156,8 +156,7 @@ def kill_in(project: Path, stage, layout: Layout) -> None:
 
 def test_held_out_documents_train_nothing(finished):
     layout = finished.layout
-    texts = {side: [json.loads(line) for line in (layout.corpus / f"{side}.jsonl").open()] for side in
-             ("train", "held_out")}  # fmt: skip
+    texts = {side: read_rows(layout.corpus / f"{side}.jsonl") for side in ("train", "held_out")}
     assert not {row["document"] for row in texts["train"]} & {row["document"] for row in texts["held_out"]}
     train, held_out = (np.load(layout.targets / f"{side}.npy") for side in ("train", "held_out"))
     assert not {row.tobytes() for row in train} & {row.tobytes() for row in held_out}
@@ -166,7 +165,7 @@ def test_held_out_documents_train_nothing(finished):
 def test_own_checkpoint_and_own_text_make_a_family(project, finished, tmp_path):
     """The command that the README gives a user: teacher=local, data=local."""
     text = tmp_path / "notes.jsonl"
-    rows = [json.loads(line) for line in (finished.layout.corpus / "train.jsonl").open(encoding="utf-8")][:400]
+    rows = read_rows(finished.layout.corpus / "train.jsonl")[:400]
     text.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows), encoding="utf-8")
     done = run_pipeline(
         project, *OVERRIDES, "teacher=local", f"teacher.path={finished.layout.teacher}", "data=local",
@@ -178,3 +177,7 @@ def test_own_checkpoint_and_own_text_make_a_family(project, finished, tmp_path):
     assert family["dataset"]["documents"] == 400 and family["dataset"]["source"] == "local"
     assert family["teacher"]["params"] == json.loads(finished.layout.metrics("targets").read_text())["params"]
     assert set(family["submodels"]["ci_tiny"]["packages"]) == {"onnx"}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
