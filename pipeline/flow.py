@@ -225,7 +225,7 @@ def prepare_process(stage: Stage, config: Config) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    # OpenMP threads that spin at every barrier train 30 times slower as soon as another process wants a core.
+    # Threads that spin at barriers lose most of their speed beside a busy process (benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if stage.name in _TORCHLESS:
         return
