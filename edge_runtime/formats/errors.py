@@ -52,3 +52,7 @@ class ExportError(SevenfoldError):
 
 class GateError(SevenfoldError):
     """A submodel that must not be registered because its gate failed."""
+
+
+class MessageError(SevenfoldError):
+    """Bytes or fields from another machine that are not what the protocol allows."""

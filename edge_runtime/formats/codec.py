@@ -1,0 +1,136 @@
+"""Values on the wire: blocks of 64 share a scale, codes have 8 or 4 bits.
+
+A segment of n values is stored as its scales, 16 bits each, then its codes; four-bit codes are offset by 8 and
+packed two a byte, low nibble first. A scale is the upper half of a float32, rounded up, so that no code is
+clipped: max |error| <= scale / 2. Encoding is a pure function: equal values give equal bytes on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.errors import MessageError
+
+BLOCK = 64
+MAX_VALUE = 2.0**20  # far above any update; keeps scales and sums finite
+
+
+class Codec(StrEnum):
+    """How values are stored."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+_FLOATS: dict[Codec, np.dtype[np.floating[Any]]] = {Codec.FP32: np.dtype("<f4"), Codec.FP16: np.dtype("<f2")}
+_LARGEST_CODE = {Codec.INT8: 127, Codec.INT4: 7}
+
+
+def encode(vector: NDArray[np.float32], sizes: Sequence[int], codec: Codec) -> bytes:
+    """The bytes of a vector (n,), segment by segment; a prefix of segments is a prefix of the bytes.
+
+    Args:
+        vector: Finite values of at most MAX_VALUE (65,504 for fp16).
+        sizes: Values of each segment; their sum is n.
+        codec: How.
+
+    Raises:
+        ValueError: Not finite, too large, or not of the segments' length.
+    """
+    if vector.shape != (sum(sizes),):
+        raise ValueError(f"{vector.shape} values for segments of {list(sizes)}")
+    limit = 65504.0 if codec is Codec.FP16 else MAX_VALUE
+    if not np.isfinite(vector).all() or (vector.size and float(np.abs(vector).max()) > limit):
+        raise ValueError(f"values must be finite and at most {limit:g}")
+    return b"".join(_encode_segment(part, codec) for part in _split(vector, sizes))
+
+
+def decode(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32]:
+    """The vector (n,) of an encoding.
+
+    Raises:
+        MessageError: The length is not exactly that of such an encoding, a scale is not a finite positive
+            number, or a value is not finite or above MAX_VALUE.
+    """
+    expected = encoded_bytes(sizes, codec)
+    if len(raw) != expected:
+        raise MessageError(f"payload: {len(raw)} bytes, {expected} are needed for {sum(sizes)} values in {codec}")
+    vector = np.empty(sum(sizes), np.float32)
+    offset = start = 0
+    for size in sizes:
+        length = encoded_bytes([size], codec)
+        vector[start : start + size] = _decode_segment(memoryview(raw)[offset : offset + length], size, codec)
+        offset, start = offset + length, start + size
+    if not np.isfinite(vector).all():
+        raise MessageError("payload: a value is not finite")
+    if vector.size and float(np.abs(vector).max()) > MAX_VALUE:
+        raise MessageError(f"payload: a value is larger than {MAX_VALUE:g}")
+    return vector
+
+
+def encoded_bytes(sizes: Sequence[int], codec: Codec) -> int:
+    """Length of an encoding of such segments."""
+    if codec in _FLOATS:
+        return sum(sizes) * _FLOATS[codec].itemsize
+    return sum(2 * _blocks(size) + (size if codec is Codec.INT8 else (size + 1) // 2) for size in sizes)
+
+
+def _encode_segment(values: NDArray[np.float32], codec: Codec) -> bytes:
+    if codec in _FLOATS:
+        return values.astype(_FLOATS[codec]).tobytes()
+    largest = _LARGEST_CODE[codec]
+    padded = np.zeros(_blocks(values.size) * BLOCK, np.float32)
+    padded[: values.size] = values
+    blocks = padded.reshape(-1, BLOCK)
+    halves, scales = _scales(np.abs(blocks).max(axis=1) / np.float32(largest))
+    divisor = np.where(scales > 0, scales, np.float32(1))
+    codes = np.clip(np.rint(blocks / divisor[:, None]), -largest, largest).astype(np.int8).ravel()[: values.size]
+    return halves.astype("<u2").tobytes() + (codes.tobytes() if codec is Codec.INT8 else _pack(codes))
+
+
+def _decode_segment(raw: memoryview, size: int, codec: Codec) -> NDArray[np.float32]:
+    if codec in _FLOATS:
+        return np.frombuffer(raw, _FLOATS[codec]).astype(np.float32)
+    count = _blocks(size)
+    scales = (np.frombuffer(raw, "<u2", count).astype(np.uint32) << 16).view(np.float32)
+    if not (np.isfinite(scales) & (scales >= 0)).all():
+        raise MessageError("payload: a scale is not a finite positive number")
+    stored = np.frombuffer(raw, np.uint8, offset=2 * count)
+    codes = stored.view(np.int8) if codec is Codec.INT8 else _unpack(stored, size)
+    # A huge scale times a code can leave float32; the caller refuses the infinity.
+    with np.errstate(over="ignore"):
+        return codes.astype(np.float32) * np.repeat(scales, BLOCK)[:size]
+
+
+def _scales(exact: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    """The upper 16 bits of positive float32 values, rounded up, and what they stand for."""
+    halves = ((exact.astype(np.float32).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+    return halves, (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def _pack(codes: NDArray[np.int8]) -> bytes:
+    offset = np.full(codes.size + codes.size % 2, 8, np.uint8)
+    offset[: codes.size] = (codes + 8).astype(np.uint8)
+    return (offset[0::2] | (offset[1::2] << 4)).tobytes()
+
+
+def _unpack(packed: NDArray[np.uint8], size: int) -> NDArray[np.int8]:
+    codes = np.empty(packed.size * 2, np.int8)
+    codes[0::2] = (packed & 0xF).astype(np.int8) - 8
+    codes[1::2] = (packed >> 4).astype(np.int8) - 8
+    return codes[:size]
+
+
+def _split(vector: NDArray[np.float32], sizes: Sequence[int]) -> list[NDArray[np.float32]]:
+    return np.split(vector, np.cumsum(sizes)[:-1])
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
