@@ -9,30 +9,34 @@ frequencies. ONNX Runtime folds both when it loads the file, so a step runs neit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, save_model
+from onnx import ModelProto, TensorProto, helper, save_model
 
 from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec, module_name
-from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.int4 import Weights
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.onnx_checks import refuse_options
-from pipeline.export.onnx_data import DATA_FILE, Stored, StoredWeight, external_tensor, join, write_data
+from pipeline.export.onnx_data import DATA_FILE, StoredWeight, join, write_data
+from pipeline.export.onnx_operators import (
+    CONTRIB,
+    Graph,
+    embed,
+    float_weight,
+    in_features,
+    matmul,
+    matmul_nbits,
+    to_model,
+)
 
 MODEL_FILE, LORA_MODEL_FILE = "model.onnx", "model_lora.onnx"
-CONTRIB = "com.microsoft"
-OPSET, IR_VERSION = 23, 11  # the first opset with RMSNormalization
 _TO_END = 2**62
 
 
 def write_onnx(
     directory: Path, spec: DecoderSpec, weights: Weights, *, lora: LoraSlots | None, accuracy_level: int
-) -> None:
+) -> dict[str, StoredWeight]:
     """Write ``model.onnx``, with ``lora`` also ``model_lora.onnx``, and the ``weights.bin`` that both read.
 
     Args:
@@ -42,6 +46,9 @@ def write_onnx(
             A lazy mapping is read one projection group at a time.
         lora: Projections that get adapter inputs, or None for the slot-free file alone.
         accuracy_level: 4 quantizes activations to int8 (what ships), 0 computes in float32.
+
+    Returns:
+        Where each weight lies in ``weights.bin``, for other graphs that read it.
 
     Raises:
         ExportError: A tensor is missing or left over, or a size has no counterpart in ONNX Runtime's operators.
@@ -53,42 +60,7 @@ def write_onnx(
     save_model(_decoder(spec, stored, None, accuracy_level, slots), directory / MODEL_FILE)
     if lora is not None:
         save_model(_decoder(spec, stored, lora, accuracy_level, slots), directory / LORA_MODEL_FILE)
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A graph under construction; what is constant for all of it rides along."""
-
-    spec: DecoderSpec
-    stored: Mapping[str, StoredWeight]
-    lora: LoraSlots | None
-    accuracy_level: int
-    nodes: list[NodeProto] = field(default_factory=list)
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
-    casts: dict[str, str] = field(default_factory=dict)
-    inputs: list[ValueInfoProto] = field(default_factory=list)
-    outputs: list[ValueInfoProto] = field(default_factory=list)
-
-    def node(
-        self, op: str, inputs: Sequence[str], output: str, more: Sequence[str] = (), domain: str = "", **attributes: Any
-    ) -> str:
-        """Append a node named after its first output, which is returned."""
-        self.nodes.append(helper.make_node(op, inputs, [output, *more], name=output, domain=domain, **attributes))
-        return output
-
-    def constant(self, name: str, value: NDArray[np.generic]) -> str:
-        self.initializers.setdefault(name, numpy_helper.from_array(value, name))
-        return name
-
-    def external(self, name: str, stored: Stored, shape: Sequence[int] | None = None) -> str:
-        self.initializers.setdefault(name, external_tensor(name, stored, shape))
-        return name
-
-    def scales(self, name: str, stored: Stored) -> str:
-        """float32 scales; the cast is folded when the file is loaded, before weights are repacked."""
-        if name not in self.casts:
-            self.casts[name] = self.node("Cast", [self.external(name, stored)], f"{name}.f32", to=TensorProto.FLOAT)
-        return self.casts[name]
+    return stored
 
 
 def _decoder(
@@ -98,13 +70,13 @@ def _decoder(
     accuracy_level: int,
     slots: dict[str, str],
 ) -> ModelProto:
-    graph = _Graph(spec, stored, lora, accuracy_level)
+    graph = Graph(spec, stored, lora, accuracy_level)
     _declare_inputs(graph)
     rotary = _rotary_tables(graph)
-    hidden = _embed(graph)
+    hidden = embed(graph, f"{EMBEDDING}.weight", "input_ids", EMBEDDING)
     normed = graph.node(
         "RMSNormalization",
-        [hidden, _float(graph, "model.layers.0.input_layernorm.weight")],
+        [hidden, float_weight(graph, "model.layers.0.input_layernorm.weight")],
         "model.layers.0.input_layernorm",
         axis=-1,
         epsilon=spec.rms_norm_eps,
@@ -118,10 +90,10 @@ def _decoder(
             graph, mixed, hidden, FINAL_NORM if last else f"model.layers.{layer + 1}.input_layernorm"
         )
     _head(graph, normed)
-    return _model(graph, slots)
+    return to_model(graph, "decoder", slots)
 
 
-def _declare_inputs(graph: _Graph) -> None:
+def _declare_inputs(graph: Graph) -> None:
     """Inputs and outputs; dimension names are free, sizes are the spec's."""
     spec = graph.spec
     value = helper.make_tensor_value_info
@@ -139,7 +111,7 @@ def _declare_inputs(graph: _Graph) -> None:
             graph.outputs.append(value(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
 
 
-def _rotary_tables(graph: _Graph) -> tuple[str, str]:
+def _rotary_tables(graph: Graph) -> tuple[str, str]:
     """Cosines and sines (context_tokens, head_dim / 2) from the inverse frequencies."""
     spec = graph.spec
     limits = {"start": 0.0, "limit": float(spec.context_tokens), "delta": 1.0}
@@ -156,29 +128,7 @@ def _rotary_tables(graph: _Graph) -> tuple[str, str]:
     return cosines, sines
 
 
-def _embed(graph: _Graph) -> str:
-    weight = graph.stored[f"{EMBEDDING}.weight"]
-    name = f"{EMBEDDING}.weight"
-    if weight.scales is None:
-        return graph.node("Gather", [graph.external(name, weight.array), "input_ids"], EMBEDDING)
-    rows = graph.node(
-        "GatherBlockQuantized",
-        [graph.external(f"{name}.codes", weight.array), "input_ids", graph.scales(f"{name}.scales", weight.scales)],
-        EMBEDDING,
-        domain=CONTRIB,
-        bits=weight.bits,
-        block_size=weight.group,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    if weight.padded_columns == weight.columns:
-        return rows
-    ends = graph.constant("hidden_size", np.array([weight.columns]))
-    zero, axis = graph.constant("zero", np.array([0])), graph.constant("axis_2", np.array([2]))
-    return graph.node("Slice", [rows, zero, ends, axis], f"{EMBEDDING}.unpadded")
-
-
-def _attention(graph: _Graph, layer: int, normed: str, rotary: tuple[str, str]) -> str:
+def _attention(graph: Graph, layer: int, normed: str, rotary: tuple[str, str]) -> str:
     spec = graph.spec
     prefix = f"model.layers.{layer}.self_attn"
     modules = [module_name(layer, projection) for projection in ("q_proj", "k_proj", "v_proj")]
@@ -205,19 +155,19 @@ def _attention(graph: _Graph, layer: int, normed: str, rotary: tuple[str, str]) 
     return _projection(graph, module_name(layer, "o_proj"), attended)
 
 
-def _head_norm(graph: _Graph, name: str, states: str, heads: int) -> str:
+def _head_norm(graph: Graph, name: str, states: str, heads: int) -> str:
     """RMS norm of every head (Qwen3); the states unchanged when the checkpoint has none."""
     if f"{name}.weight" not in graph.stored:
         return states
     split = graph.constant(f"heads_{heads}", np.array([0, 0, heads, graph.spec.head_dim]))
     merged = graph.constant(f"width_{heads}", np.array([0, 0, heads * graph.spec.head_dim]))
     by_head = graph.node("Reshape", [states, split], f"{name}.by_head")
-    scale = _float(graph, f"{name}.weight")
+    scale = float_weight(graph, f"{name}.weight")
     normed = graph.node("RMSNormalization", [by_head, scale], name, axis=-1, epsilon=graph.spec.rms_norm_eps)
     return graph.node("Reshape", [normed, merged], f"{name}.merged")
 
 
-def _mlp(graph: _Graph, layer: int, normed: str) -> str:
+def _mlp(graph: Graph, layer: int, normed: str) -> str:
     modules = [module_name(layer, projection) for projection in ("gate_proj", "up_proj")]
     fused = _fused_projection(graph, modules, normed)
     if fused is not None:
@@ -231,47 +181,36 @@ def _mlp(graph: _Graph, layer: int, normed: str) -> str:
     return _projection(graph, module_name(layer, "down_proj"), graph.node("Mul", [silu, up], f"{prefix}.gated"))
 
 
-def _head(graph: _Graph, normed: str) -> None:
+def _head(graph: Graph, normed: str) -> None:
     """Logits of the positions from ``logits_from`` on; prefill pays for the last one only."""
     slicing = [graph.constant("to_end", np.array([_TO_END])), graph.constant("axis_1", np.array([1]))]
     scored = graph.node("Slice", [normed, "logits_from", *slicing], "scored")
     name = f"{EMBEDDING if graph.spec.tied_embeddings else HEAD}.weight"
-    _matmul(graph, name, scored, "logits", None)
+    matmul(graph, name, scored, "logits", None)
 
 
-def _projection(graph: _Graph, module: str, states: str) -> str:
+def _projection(graph: Graph, module: str, states: str) -> str:
     """One projection with its bias and, where targeted, its adapter inputs."""
     targeted = graph.lora is not None and module.rpartition(".")[2] in graph.lora.targets
-    bias = _float(graph, f"{module}.bias") if f"{module}.bias" in graph.stored else None
-    base = _matmul(graph, f"{module}.weight", states, f"{module}.base" if targeted else module, bias)
+    bias = float_weight(graph, f"{module}.bias") if f"{module}.bias" in graph.stored else None
+    base = matmul(graph, f"{module}.weight", states, f"{module}.base" if targeted else module, bias)
     if not targeted:
         return base
     weight = graph.stored[f"{module}.weight"]
     a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-    in_features = _in_features(graph, module, weight)
+    columns = in_features(graph, module, weight)
     # One name a module: ONNX Runtime reuses buffers between dimensions of one name, and an adapter may skip modules.
     rank = f"{module}.rank"
-    graph.inputs.append(helper.make_tensor_value_info(a, TensorProto.FLOAT, [in_features, rank]))
+    graph.inputs.append(helper.make_tensor_value_info(a, TensorProto.FLOAT, [columns, rank]))
     graph.inputs.append(helper.make_tensor_value_info(b, TensorProto.FLOAT, [rank, weight.rows]))
     # Rank 0 by default: the product is zero and the base's result stays as it is.
-    graph.constant(a, np.zeros((in_features, 0), np.float32))
+    graph.constant(a, np.zeros((columns, 0), np.float32))
     graph.constant(b, np.zeros((0, weight.rows), np.float32))
     low = graph.node("MatMul", [states, a], f"{module}.lora_A")
     return graph.node("Add", [base, graph.node("MatMul", [low, b], f"{module}.lora_B")], module)
 
 
-def _in_features(graph: _Graph, module: str, weight: StoredWeight) -> int:
-    """Width of a projection's input: the gate's rows (they may be padded) in front of down_proj."""
-    if not module.endswith("down_proj"):
-        return weight.columns
-    prefix = module.removesuffix("down_proj")
-    gate, up = graph.stored[f"{prefix}gate_proj.weight"].rows, graph.stored[f"{prefix}up_proj.weight"].rows
-    if gate != up or not weight.columns <= gate <= weight.padded_columns:
-        raise ExportError(f"{module}: {weight.columns} columns behind {gate} gate and {up} up rows")
-    return gate
-
-
-def _fused_projection(graph: _Graph, modules: Sequence[str], states: str) -> str | None:
+def _fused_projection(graph: Graph, modules: Sequence[str], states: str) -> str | None:
     """Several projections of the same input as one matrix (7 % faster decode); None where that is impossible."""
     weights = [graph.stored[f"{module}.weight"] for module in modules]
     if graph.lora is not None and any(module.rpartition(".")[2] in graph.lora.targets for module in modules):
@@ -288,57 +227,13 @@ def _fused_projection(graph: _Graph, modules: Sequence[str], states: str) -> str
     fused = StoredWeight(array, scales, first.bits, first.columns, first.padded_columns)
     joined_bias = join(biases) if biases else None
     bias = None if joined_bias is None else graph.external(f"{name}.bias", joined_bias)
-    return _matmul_nbits(graph, f"{name}.weight", fused, first.columns, states, name, bias)
+    return matmul_nbits(graph, f"{name}.weight", fused, first.columns, states, name, bias)
 
 
-def _matmul(graph: _Graph, name: str, states: str, output: str, bias: str | None) -> str:
-    weight = graph.stored[name]
-    if weight.scales is not None:
-        columns = _in_features(graph, name.removesuffix(".weight"), weight)
-        return _matmul_nbits(graph, name, weight, columns, states, output, bias)
-    # Stored as the checkpoint has it, (N, K); the transpose is folded when the file is loaded.
-    transposed = graph.node("Transpose", [graph.external(name, weight.array)], f"{name}.transposed", perm=[1, 0])
-    if bias is None:
-        return graph.node("MatMul", [states, transposed], output)
-    return graph.node("Add", [graph.node("MatMul", [states, transposed], f"{output}.unbiased"), bias], output)
-
-
-def _matmul_nbits(
-    graph: _Graph, name: str, weight: StoredWeight, columns: int, states: str, output: str, bias: str | None
-) -> str:
-    assert weight.scales is not None
-    blocks = (weight.rows, weight.scales.shape[1], weight.group * weight.bits // 8)
-    codes = graph.external(f"{name}.blocks", weight.array, blocks)
-    inputs = [states, codes, graph.scales(f"{name}.scales", weight.scales)]
-    return graph.node(
-        "MatMulNBits",
-        inputs if bias is None else [*inputs, "", "", bias],
-        output,
-        domain=CONTRIB,
-        bits=weight.bits,
-        block_size=weight.group,
-        K=columns,
-        N=weight.rows,
-        accuracy_level=graph.accuracy_level,
-    )
-
-
-def _skip_norm(graph: _Graph, states: str, residual: str, name: str) -> tuple[str, str]:
+def _skip_norm(graph: Graph, states: str, residual: str, name: str) -> tuple[str, str]:
     """(norm of the sum, the sum)."""
     total = f"{name}.residual"
-    inputs = [states, residual, _float(graph, f"{name}.weight")]
+    inputs = [states, residual, float_weight(graph, f"{name}.weight")]
     epsilon = graph.spec.rms_norm_eps
     graph.node("SkipSimplifiedLayerNormalization", inputs, name, ["", "", total], domain=CONTRIB, epsilon=epsilon)
     return name, total
-
-
-def _float(graph: _Graph, name: str) -> str:
-    return graph.external(name, graph.stored[name].array)
-
-
-def _model(graph: _Graph, slots: dict[str, str]) -> ModelProto:
-    body = helper.make_graph(graph.nodes, "decoder", graph.inputs, graph.outputs, list(graph.initializers.values()))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    model = helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="sevenfold")
-    helper.set_model_props(model, slots)
-    return model
