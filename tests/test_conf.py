@@ -6,10 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import CONF_DIR, CheckpointTeacher, Config, load_configs
+from server.config import load_federation
 
-FILES = sorted(CONF_DIR.rglob("*.yaml"))
+FILES = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent.name != "federation")  # the server's, see below
 ROOT_FILES = {"config.yaml", "family.yaml"}
 REQUIRED = {  # what a file leaves to the user (???)
     "teacher/local.yaml": ["teacher.path=/nowhere"],
@@ -41,6 +43,16 @@ def test_every_file_composes_and_validates(path: Path) -> None:
         first = next(iter(configs.values()))
         assert list(configs) == first.family, "an experiment makes every member of its family, in its order"
         assert first.submodel.name == first.family[0], "the experiment's own submodel is the first of its family"
+
+
+def test_every_federation_loads_and_names_itself() -> None:
+    names = {path.stem for path in (CONF_DIR / "federation").glob("*.yaml")} - {"default"}
+    assert names == {"demo"}
+    for name in names:
+        assert load_federation(name).name == name
+    default = load_federation("default", ["name=x", "package=y"]).model_dump(mode="json")
+    stated = yaml.safe_load((CONF_DIR / "federation" / "default.yaml").read_text())
+    assert stated == {key: value for key, value in default.items() if key not in ("name", "package")}
 
 
 @pytest.mark.parametrize("experiment", ["demo", "ci", "qwen2_5_7b", "llama_7b"])
