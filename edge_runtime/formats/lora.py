@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ BASE_KEY = "base_digest"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 1 << 30
 MAX_RANK = 1024
+_MAX_ALPHA = 1e6
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -92,6 +96,91 @@ def load_adapter(directory: Path, spec: DecoderSpec, base_digest: str, *, allow_
     return Adapter(rank, scale, _pair(directory / WEIGHTS_FILE, tensors, spec, rank), bound_to)
 
 
+def save_adapter(directory: Path, adapter: Adapter) -> None:
+    """Write an adapter as a directory that PEFT and ``load_adapter`` read, whole or not at all.
+
+    Equal adapters give equal bytes, and writing the same one again changes nothing. An adapter that is there
+    already gives way in one rename: a reader finds the old one, the new one or none, never a mixture.
+
+    Args:
+        directory: The adapter's own; missing parents are made.
+        adapter: Bound to its base. ``lora_alpha`` becomes ``scale * rank``, so that the first r ranks of a nested
+            adapter, which keep the scale alpha / r_max, are written with alpha r / r_max.
+
+    Raises:
+        AdapterError: The adapter names no base, holds a value or shape that ``load_adapter`` would refuse, or the
+            directory holds something else.
+    """
+    files = encode_adapter(adapter)
+    if directory.exists() and not directory.is_dir():
+        raise AdapterError(f"{directory}: is a file; name a new or empty directory")
+    found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if set(files) <= set(found) and all((directory / name).read_bytes() == files[name] for name in files):
+        return
+    if strangers := sorted(set(found) - set(files)):
+        raise AdapterError(f"{directory}: holds {strangers[0]}, which is no adapter's; name a new or empty directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, content in files.items():
+            write_atomically(beside / "new" / name, content)
+        if found:
+            directory.rename(beside / "old")
+        (beside / "new").replace(directory)
+        _flush_directory(directory.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def encode_adapter(adapter: Adapter) -> dict[str, bytes]:
+    """The files of an adapter's directory, by name: one byte string for each adapter.
+
+    Raises:
+        AdapterError: As ``save_adapter``.
+    """
+    if adapter.base_digest is None or not _SHA256.fullmatch(adapter.base_digest):
+        raise AdapterError(f"the adapter names base {adapter.base_digest!r}; bind it to a package's base before saving")
+    tensors = {}
+    for module, (lora_a, lora_b) in sorted(adapter.pairs.items()):
+        if lora_a.ndim != 2 or lora_b.ndim != 2 or not len(lora_a) == lora_b.shape[1] == adapter.rank:
+            raise AdapterError(f"{module}: factors {lora_a.shape} and {lora_b.shape} are not of rank {adapter.rank}")
+        if not (np.isfinite(lora_a).all() and np.isfinite(lora_b).all()):
+            raise AdapterError(f"{module}: not finite; the training diverged, use an earlier adapter")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = lora_b
+    if not tensors:
+        raise AdapterError("the adapter holds no weights; train one before saving")
+    config = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": _alpha(adapter),
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        # Full names: PEFT would look for a short one in every layer, trained or not.
+        "target_modules": sorted(adapter.pairs),
+        "task_type": "CAUSAL_LM",
+    }
+    return {
+        CONFIG_FILE: _to_json(config, indent=2),
+        WEIGHTS_FILE: _to_safetensors(tensors, {BASE_KEY: adapter.base_digest, "format": "pt"}),
+        BASE_FILE: _to_json({BASE_KEY: adapter.base_digest}),
+    }
+
+
+def prefix_adapter(adapter: Adapter, rank: int) -> Adapter:
+    """The first ``rank`` ranks of a nested adapter, under the same scale.
+
+    Raises:
+        AdapterError: The adapter has fewer.
+    """
+    if not 1 <= rank <= adapter.rank:
+        raise AdapterError(f"rank is {rank}; 1 to {adapter.rank} of this adapter are allowed")
+    pairs = {module: (lora_a[:rank], lora_b[:, :rank]) for module, (lora_a, lora_b) in adapter.pairs.items()}
+    return Adapter(rank, adapter.scale, pairs, adapter.base_digest)
+
+
 def bind_adapter(directory: Path, base_digest: str) -> None:
     """Write which base an adapter belongs to.
 
@@ -104,6 +193,45 @@ def bind_adapter(directory: Path, base_digest: str) -> None:
     if bound_to not in (None, base_digest):
         raise AdapterError(f"{directory}: is bound to base {bound_to} already; a new base needs a new adapter")
     write_atomically(directory / BASE_FILE, json.dumps({BASE_KEY: base_digest}).encode("ascii") + b"\n")
+
+
+def _alpha(adapter: Adapter) -> int | float:
+    """``lora_alpha`` of which readers, who divide by r, get the scale back: to the bit where a double has it."""
+    product = adapter.scale * adapter.rank
+    if not (math.isfinite(product) and 0 < product < _MAX_ALPHA):
+        raise AdapterError(f"scale {adapter.scale} at rank {adapter.rank}: a lora_alpha between 0 and 1e6 is allowed")
+    near = (product, math.nextafter(product, math.inf), math.nextafter(product, 0.0))
+    alpha = next((value for value in near if value / adapter.rank == adapter.scale), product)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _to_safetensors(tensors: Mapping[str, NDArray[np.float32]], metadata: Mapping[str, str]) -> bytes:
+    """By hand, because safetensors writes metadata in an order that changes from run to run."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts = {name: np.ascontiguousarray(tensor, "<f4").tobytes() for name, tensor in tensors.items()}
+    start = 0
+    for name, part in parts.items():
+        header[name] = {
+            "dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, start + len(part)]
+        }  # fmt: skip
+        start += len(part)
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts.values()])
+
+
+def _to_json(values: Mapping[str, object], indent: int | None = None) -> bytes:
+    return json.dumps(values, indent=indent, sort_keys=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _flush_directory(directory: Path) -> None:
+    """Make renames in it durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _read_config(path: Path) -> tuple[int, float]:
@@ -124,7 +252,7 @@ def _read_config(path: Path) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{path}: r is {rank!r}; an integer from 1 to {MAX_RANK} is allowed")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < _MAX_ALPHA:
         raise AdapterError(f"{path}: lora_alpha is {alpha!r}; a positive number is allowed")
     return rank, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
