@@ -59,6 +59,20 @@ def decode(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32
         MessageError: The length is not exactly that of such an encoding, a scale is not a finite positive
             number, or a value is not finite or above MAX_VALUE.
     """
+    vector = decode_unchecked(raw, sizes, codec)
+    if not np.isfinite(vector).all():
+        raise MessageError("payload: a value is not finite")
+    if vector.size and float(np.abs(vector).max()) > MAX_VALUE:
+        raise MessageError(f"payload: a value is larger than {MAX_VALUE:g}")
+    return vector
+
+
+def decode_unchecked(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32]:
+    """As ``decode``, for a caller that checks the values itself: they may be NaN, infinite or large.
+
+    Raises:
+        MessageError: The length is wrong, or a scale is not a finite positive number.
+    """
     expected = encoded_bytes(sizes, codec)
     if len(raw) != expected:
         raise MessageError(f"payload: {len(raw)} bytes, {expected} are needed for {sum(sizes)} values in {codec}")
@@ -68,10 +82,6 @@ def decode(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32
         length = encoded_bytes([size], codec)
         vector[start : start + size] = _decode_segment(memoryview(raw)[offset : offset + length], size, codec)
         offset, start = offset + length, start + size
-    if not np.isfinite(vector).all():
-        raise MessageError("payload: a value is not finite")
-    if vector.size and float(np.abs(vector).max()) > MAX_VALUE:
-        raise MessageError(f"payload: a value is larger than {MAX_VALUE:g}")
     return vector
 
 

@@ -111,7 +111,8 @@ def number(low: float, high: float) -> Check:
     """A finite number in [low, high]."""
 
     def check(value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+        # The range first: isfinite raises for an integer beyond float64.
+        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
             raise ValueError(f"a number from {low:g} to {high:g}")
         return float(value)
 

@@ -1,0 +1,132 @@
+"""What the server does with the mean update of a round: FedAvg, FedAvgM or FedAdam.
+
+Source: Reddi et al. 2021, "Adaptive Federated Optimization" (arXiv:2003.00295), algorithm 2; like there, no bias
+correction, and the second moment starts at epsilon². FedAvgM: Hsu et al. 2019 (arXiv:1909.06335).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class OptimizerName(StrEnum):
+    """Which rule."""
+
+    FEDAVG = "fedavg"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+
+
+_STATE = {
+    OptimizerName.FEDAVG: (),
+    OptimizerName.FEDAVGM: ("momentum",),
+    OptimizerName.FEDADAM: ("momentum", "square"),
+}
+
+
+class ServerOptimizer:
+    """Turns mean updates into changes of the adapter; one state for each group of factors.
+
+    Args:
+        name: The rule.
+        learning_rate: 1 with FedAvg: the mean itself, bit for bit.
+        momentum: Of FedAvgM; beta1 of FedAdam; in [0, 1).
+        beta2: Of FedAdam, in [0, 1).
+        epsilon: Of FedAdam (tau in the paper), positive.
+
+    Raises:
+        ValueError: A value outside these.
+    """
+
+    def __init__(
+        self, name: OptimizerName, learning_rate: float, momentum: float, beta2: float, epsilon: float
+    ) -> None:
+        if not (learning_rate > 0 and 0 <= momentum < 1 and 0 <= beta2 < 1 and epsilon > 0):
+            raise ValueError(
+                f"learning_rate {learning_rate} and epsilon {epsilon} must be positive, "
+                f"momentum {momentum} and beta2 {beta2} in [0, 1)"
+            )
+        self.name, self.learning_rate = name, learning_rate
+        self.momentum, self.beta2, self.epsilon = momentum, beta2, epsilon
+        self._state: dict[str, NDArray[np.float32]] = {}
+
+    def step(self, group: str, mean_delta: NDArray[np.float64], idle: Sequence[slice] = ()) -> NDArray[np.float64]:
+        """The change to apply to a group.
+
+        Args:
+            group: ``a``, ``b`` or ``core``; each has its own momentum.
+            mean_delta: float64 (N,), always of the same N for a group.
+            idle: Stretches that nobody trained: their change is 0, and their state stays as it is. Without
+                this, momentum would move what no device has looked at.
+
+        Returns:
+            float64 (N,).
+
+        Raises:
+            ValueError: N is not that of the state.
+        """
+        if self.name is OptimizerName.FEDAVG:
+            change = mean_delta * self.learning_rate
+        else:
+            before = {part: self._part(group, part, mean_delta.size) for part in _STATE[self.name]}
+            after, change = self._advance(before, mean_delta)
+            for part, value in after.items():
+                stored = value.astype(np.float32)
+                for stretch in idle:
+                    stored[stretch] = before[part][stretch]
+                self._state[f"{group}.{part}"] = stored
+        for stretch in idle:
+            change[stretch] = 0.0
+        return change
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Everything that the next steps depend on: ``<group>.<part>`` (N,), copies."""
+        return {name: value.copy() for name, value in self._state.items()}
+
+    def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Continue where ``state()`` was taken.
+
+        Raises:
+            ValueError: A name or a type that this rule does not keep.
+        """
+        for name, value in state.items():
+            group, _, part = name.partition(".")
+            if not group or part not in _STATE[self.name] or value.dtype != np.float32 or value.ndim != 1:
+                raise ValueError(f"{name[:80]!r} {value.dtype} {value.shape} is no state of {self.name}")
+        self._state = {name: value.copy() for name, value in state.items()}
+
+    def _part(self, group: str, part: str, size: int) -> NDArray[np.float32]:
+        stored = self._state.get(f"{group}.{part}")
+        if stored is None:
+            return np.full(size, self.epsilon**2 if part == "square" else 0.0, np.float32)
+        if stored.size != size:
+            raise ValueError(f"group {group}: {size} values, the state has {stored.size}")
+        return stored
+
+    def _advance(
+        self, before: Mapping[str, NDArray[np.float32]], delta: NDArray[np.float64]
+    ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
+        """(state afterwards, change); float64 throughout, the caller rounds what is kept."""
+        momentum = self.momentum * before["momentum"].astype(np.float64)
+        if self.name is OptimizerName.FEDAVGM:
+            momentum += delta
+            return {"momentum": momentum}, self.learning_rate * momentum
+        momentum += (1.0 - self.momentum) * delta
+        square = self.beta2 * before["square"].astype(np.float64) + (1.0 - self.beta2) * np.square(delta)
+        change = self.learning_rate * momentum / (np.sqrt(square) + self.epsilon)
+        return {"momentum": momentum, "square": square}, change
+
+
+def make_optimizer(
+    name: str, learning_rate: float = 1.0, momentum: float = 0.9, beta2: float = 0.99, epsilon: float = 1e-3
+) -> ServerOptimizer:
+    """The optimizer of a configuration.
+
+    Raises:
+        ValueError: An unknown name, or a value out of range.
+    """
+    return ServerOptimizer(OptimizerName(name), learning_rate, momentum, beta2, epsilon)
