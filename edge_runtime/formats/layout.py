@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +135,13 @@ class AdapterLayout:
                 part[...] = vector[start : start + part.size].reshape(part.shape)
                 start += part.size
         return factors
+
+    def split(self, vector: NDArray[Any], groups: Sequence[str], rank: int) -> dict[str, NDArray[Any]]:
+        """One vector a group out of the vector of several, values and dtype untouched."""
+        parts: dict[str, list[NDArray[Any]]] = {group: [] for group in groups}
+        for start, stop, _, group, _ in self._places(groups, rank):
+            parts[group].append(vector[start:stop])
+        return {group: np.concatenate(found) for group, found in parts.items()}
 
     def prefix(self, factors: Mapping[str, NDArray[np.float32]], rank: int) -> Factors:
         """The first ``rank`` ranks of every factor, copied."""

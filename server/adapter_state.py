@@ -1,0 +1,110 @@
+"""What a federation has learned so far: the factors as devices hold them, and what rounding kept back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.broadcast import Snapshot, initial_vector, take_snapshot
+from edge_runtime.formats.codec import Codec, decode
+from edge_runtime.formats.layout import AdapterLayout, Factors
+from server.aggregation import fold_core, refactor_for_core
+
+
+@dataclass(slots=True)
+class AdapterState:
+    """The global adapter between two rounds.
+
+    Attributes:
+        snapshots: What is broadcast, by group (``a``, ``b``, and ``core`` while it is trained).
+        values: What the snapshots decode to, (n,) float32 at rank r_max: the state that devices hold.
+        residuals: What encoding kept back, (n,) float64; it enters the next change of the group.
+        newest: The largest version so far.
+    """
+
+    layout: AdapterLayout
+    seed: int
+    codec: Codec
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    residuals: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    newest: int = 0
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Version of every group."""
+        return {group: snapshot.version for group, snapshot in self.snapshots.items()}
+
+    def apply(self, group: str, change: NDArray[np.float64]) -> None:
+        """Add a change (n,), and what earlier rounding kept back, to a group."""
+        self._put(group, self.values[group] + self.residuals[group] + change)
+
+    def factors(self) -> Factors:
+        """The factors as devices hold them."""
+        groups: Factors = {}
+        for group, vector in self.values.items():
+            groups |= self.layout.unflatten(vector, (group,), self.layout.max_rank)
+        return groups
+
+    def enter_core(self) -> None:
+        """Turn lora_A and lora_B into fixed orthonormal bases and put their product into a core."""
+        self._replace(refactor_for_core(self.factors()), ("a", "b", "core"))
+
+    def leave_core(self) -> None:
+        """Multiply the core into lora_B and forget it."""
+        folded = fold_core(self.factors())
+        for store in (self.snapshots, self.values, self.residuals):
+            store.pop("core", None)
+        self._replace(folded, ("b",))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything but numbers, for a checkpoint."""
+        raws = {f"raw.{g}": np.frombuffer(s.raw, np.uint8) for g, s in self.snapshots.items()}
+        return raws | {f"residual.{group}": vector for group, vector in self.residuals.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of a checkpoint, plain JSON."""
+        groups = {group: [s.version, s.codec.value] for group, s in self.snapshots.items()}
+        return {"seed": self.seed, "codec": self.codec.value, "newest": self.newest, "groups": groups}
+
+    def _replace(self, factors: Mapping[str, NDArray[np.float32]], groups: tuple[str, ...]) -> None:
+        for group in groups:
+            wanted = self.layout.flatten(factors, (group,), self.layout.max_rank)
+            self._put(group, wanted.astype(np.float64))
+
+    def _put(self, group: str, wanted: NDArray[np.float64]) -> None:
+        self.newest += 1
+        self.snapshots[group], self.values[group] = take_snapshot(
+            self.layout, group, self.newest, wanted, self.codec, self.seed
+        )
+        self.residuals[group] = wanted - self.values[group]
+
+
+def start_state(layout: AdapterLayout, seed: int, codec: Codec) -> AdapterState:
+    """Round 0: everything at version 0, derived from the seed."""
+    state = AdapterState(layout, seed, codec)
+    for group in ("a", "b"):
+        state.snapshots[group] = Snapshot(group, 0, codec, b"")
+        state.values[group] = initial_vector(layout, group, layout.max_rank, seed)
+        state.residuals[group] = np.zeros(state.values[group].size)
+    return state
+
+
+def restore_state(
+    layout: AdapterLayout, arrays: Mapping[str, NDArray[Any]], numbers: Mapping[str, Any]
+) -> AdapterState:
+    """Inverse of ``arrays`` and ``numbers``."""
+    state = AdapterState(layout, numbers["seed"], Codec(numbers["codec"]), newest=numbers["newest"])
+    for group, (version, codec) in numbers["groups"].items():
+        raw = arrays[f"raw.{group}"].tobytes()
+        state.snapshots[group] = Snapshot(group, version, Codec(codec), raw)
+        state.values[group] = initial_vector(layout, group, layout.max_rank, state.seed)
+        if version:
+            sizes = layout.segment_sizes((group,), layout.max_rank)
+            state.values[group] = state.values[group] + decode(raw, sizes, Codec(codec))
+        state.residuals[group] = np.asarray(arrays[f"residual.{group}"], np.float64)
+    return state
