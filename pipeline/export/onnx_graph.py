@@ -73,7 +73,7 @@ def _decoder(
     graph = Graph(spec, stored, lora, accuracy_level)
     _declare_inputs(graph)
     rotary = _rotary_tables(graph)
-    hidden = embed(graph, f"{EMBEDDING}.weight", "input_ids", EMBEDDING)
+    hidden = embed(graph, f"{EMBEDDING}.weight", "input_ids", EMBEDDING, spec.hidden_size)
     normed = graph.node(
         "RMSNormalization",
         [hidden, float_weight(graph, "model.layers.0.input_layernorm.weight")],

@@ -57,28 +57,26 @@ class Graph:
         return self.casts[name]
 
 
-def embed(graph: Graph, name: str, ids: str, output: str) -> str:
-    """Rows ``ids`` of the matrix ``name``, without the padding of its columns."""
+def embed(graph: Graph, name: str, ids: str, output: str, columns: int) -> str:
+    """Rows ``ids`` of the matrix ``name``, without the padding behind its first ``columns``."""
     weight = graph.stored[name]
     if weight.scales is None:
         return graph.node("Gather", [graph.external(name, weight.array), ids], output)
     rows = graph.node(
         "GatherBlockQuantized",
         [graph.external(f"{name}.codes", weight.array), ids, graph.scales(f"{name}.scales", weight.scales)],
-        output if weight.padded_columns == weight.columns else f"{output}.padded",
+        output if weight.padded_columns == columns else f"{output}.padded",
         domain=CONTRIB,
         bits=weight.bits,
         block_size=weight.group,
         gather_axis=0,
         quantize_axis=1,
     )
-    if weight.padded_columns == weight.columns:
-        return rows
-    return slice_columns(graph, rows, weight.columns, 2, output)
+    return rows if weight.padded_columns == columns else slice_columns(graph, rows, columns, -1, output)
 
 
 def slice_columns(graph: Graph, x: str, columns: int, axis: int, output: str) -> str:
-    """The first ``columns`` of the last axis, which is number ``axis``."""
+    """The first ``columns`` along ``axis``."""
     ends = graph.constant(f"columns_{columns}", np.array([columns]))
     zero, axes = graph.constant("zero", np.array([0])), graph.constant(f"axis_{axis}", np.array([axis]))
     return graph.node("Slice", [x, zero, ends, axes], output)

@@ -96,11 +96,10 @@ def _tables(tape: Tape, spec: DecoderSpec, tokens: int) -> tuple[Tensor, Tensor,
     angles = np.arange(tokens, dtype=np.float32)[:, None] * np.asarray(spec.inv_freq, np.float32)
     factor = np.float32(spec.rope_attention_factor)
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
-    causal = np.triu(np.full((tokens, tokens), _HIDDEN, np.float32), k=1)
     return (
         tape.constant("cos", np.concatenate([cos, cos], axis=1)),
         tape.constant("sin", np.concatenate([-sin, sin], axis=1)),
-        tape.constant("causal", causal),
+        tape.causal(tokens, _HIDDEN),
     )
 
 

@@ -59,6 +59,10 @@ class Tape:
             return self._append("constant", (), value.shape, str(value.dtype), name)
         return next(node.output for node in self.nodes if node.output.name == name)
 
+    def causal(self, tokens: int, hidden: float) -> Tensor:
+        """(T, T): ``hidden`` above the diagonal, 0 elsewhere."""
+        return self._append("causal", (), (tokens, tokens), hidden=hidden)
+
     def next_tokens(self, tokens: Tensor) -> Tensor:
         """(B, T) ids moved one to the left; the last column is the first."""
         return self._append("next_tokens", (tokens,), tokens.shape, tokens.kind)
