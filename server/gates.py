@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +58,6 @@ class Expected:
     """
 
     layout: AdapterLayout
-    base_digest: str
     round: int
     plan_id: str
     phase: Phase
@@ -139,8 +137,8 @@ class NormGate:
             running = max(self.factor * statistics.median(norms), self.floor)
         return min((bound for bound in (running, self.max_norm) if bound), default=0.0)
 
-    def accept(self, key: str, *norms: float) -> None:
-        """Add the norms of a round's admitted updates, all in one call, in any order."""
+    def accept(self, key: str, norms: Iterable[float]) -> None:
+        """Add the norms of a round's admitted updates, in any order."""
         batch = sorted(norms)
         if len(batch) > self.WINDOW:  # evenly spaced ranks keep its median, whoever came first
             batch = [batch[(2 * place + 1) * len(batch) // (2 * self.WINDOW)] for place in range(self.WINDOW)]
@@ -149,17 +147,13 @@ class NormGate:
             rounds = rounds[1:]
         self._rounds[key] = rounds
 
-    def to_json(self) -> dict[str, Any]:
+    def state(self) -> dict[str, list[list[float]]]:
         """Plain JSON values for a checkpoint."""
-        rounds = {key: [list(batch) for batch in batches] for key, batches in self._rounds.items()}
-        return {"factor": self.factor, "floor": self.floor, "max_norm": self.max_norm, "rounds": rounds}
+        return {key: [list(batch) for batch in rounds] for key, rounds in self._rounds.items()}
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> NormGate:
-        """Inverse of ``to_json``."""
-        gate = cls(values["factor"], values["floor"], values["max_norm"])
-        gate._rounds = {key: [list(map(float, batch)) for batch in rounds] for key, rounds in values["rounds"].items()}
-        return gate
+    def load_state(self, state: Mapping[str, Iterable[Iterable[float]]]) -> None:
+        """Continue where ``state()`` was taken."""
+        self._rounds = {key: [[float(norm) for norm in batch] for batch in rounds] for key, rounds in state.items()}
 
 
 def _check_header(update: Update, expected: Expected) -> Refusal | None:
@@ -167,7 +161,7 @@ def _check_header(update: Update, expected: Expected) -> Refusal | None:
         (Refusal.STALE, update.round == expected.round),
         (Refusal.REPLAY, update.plan_id == expected.plan_id),
         (Refusal.DUPLICATE, not expected.answered),
-        (Refusal.BASE, update.base_digest == expected.base_digest),
+        (Refusal.BASE, update.base_digest == expected.layout.base_digest),
         (Refusal.LAYOUT, update.layout_digest == expected.layout.digest),
         (Refusal.PHASE, update.phase is expected.phase),
         (Refusal.RANK, update.rank == expected.rank),
