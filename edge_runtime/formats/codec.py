@@ -18,6 +18,7 @@ from edge_runtime.formats.errors import MessageError
 
 BLOCK = 64
 MAX_VALUE = 2.0**20  # far above any update; keeps scales and sums finite
+_MAX_DECODED = MAX_VALUE * (1 + 2.0**-7)  # a scale was rounded up
 
 
 class Codec(StrEnum):
@@ -62,7 +63,7 @@ def decode(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32
     vector = decode_unchecked(raw, sizes, codec)
     if not np.isfinite(vector).all():
         raise MessageError("payload: a value is not finite")
-    if vector.size and float(np.abs(vector).max()) > MAX_VALUE:
+    if vector.size and float(np.abs(vector).max()) > _MAX_DECODED:
         raise MessageError(f"payload: a value is larger than {MAX_VALUE:g}")
     return vector
 

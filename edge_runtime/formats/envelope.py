@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,9 @@ MAX_PAYLOAD_BYTES = 512 << 20
 
 _MAGIC = b"S7M1"
 _HEAD = struct.Struct("<4sIQ")  # magic, header bytes, payload bytes
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong, _REPR.maxlist, _REPR.maxdict = 2, 40, 40, 4, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +136,12 @@ def text(pattern: str) -> Check:
 
 
 def choice(options: type[Enum]) -> Check:
-    """The value of an enumeration's member."""
+    """The value of an enumeration's member, a string."""
 
     def check(value: Any) -> Enum:
         try:
-            return options(value)
+            # Anything else would be shown in the enumeration's own error, however deeply it is nested.
+            return options(value if isinstance(value, str) else "")
         except ValueError:
             raise ValueError(f"one of {' '.join(str(member.value) for member in options)}") from None
 
@@ -180,13 +185,13 @@ def read_fields(cls: type[Record], values: object) -> Record:
     expected = {entry.name: entry for entry in fields(cls) if "check" in entry.metadata}  # type: ignore[arg-type]
     if not isinstance(values, Mapping) or set(values) != set(expected):
         odd = set(values) ^ set(expected) if isinstance(values, Mapping) else ()
-        raise ValueError(f"exactly the fields {' '.join(expected)} (odd: {' '.join(sorted(map(str, odd)))[:80]})")
+        raise ValueError(f"exactly the fields {' '.join(expected)} (odd: {_shown(sorted(map(str, odd)))})")
     loaded = {}
     for name, entry in expected.items():
         try:
             loaded[name] = entry.metadata["check"](values[name])
         except ValueError as error:
-            raise ValueError(f"{name}: got {str(values[name])[:60]!r}, allowed: {error}") from error
+            raise ValueError(f"{name}: got {_shown(values[name])}, allowed: {error}") from error
     return cls(**loaded)
 
 
@@ -208,7 +213,7 @@ def unseal(envelope: Envelope, cls: type[Record]) -> Record:
     """
     kind = cls.__name__.lower()
     if envelope.kind != kind:
-        raise MessageError(f"message: got {envelope.kind[:40]!r}, expected {kind!r}")
+        raise MessageError(f"message: got {_shown(envelope.kind)}, expected {kind!r}")
     try:
         return read_fields(cls, envelope.header)
     except ValueError as error:
@@ -229,6 +234,11 @@ def check_payload(envelope: Envelope, digest: str) -> bytes:
     if sha256(envelope.payload) != digest:
         raise MessageError(f"{envelope.kind}: the payload's sha256 is not the header's")
     return envelope.payload
+
+
+def _shown(value: object) -> str:
+    """A value from the other side for one line of a log: short, ASCII, and safe however deeply it is nested."""
+    return _REPR.repr(value).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _plain(value: Any) -> Any:

@@ -94,7 +94,12 @@ class AdapterLayout:
     def to_dict(self) -> dict[str, object]:
         """Plain values, as a message holds them."""
         modules = [[module.name, module.in_features, module.out_features] for module in self.modules]
-        return {"base_digest": self.base_digest, "modules": modules, "ranks": list(self.ranks), "alpha": self.alpha}
+        return {
+            "base_digest": self.base_digest,
+            "modules": modules,
+            "ranks": list(self.ranks),
+            "alpha": float(self.alpha),
+        }
 
     def segment_sizes(self, groups: Sequence[str], rank: int) -> tuple[int, ...]:
         """Number of values of each rank segment up to ``rank``, which must be the end of one."""
@@ -124,7 +129,13 @@ class AdapterLayout:
         return vector
 
     def unflatten(self, vector: NDArray[np.float32], groups: Sequence[str], rank: int) -> Factors:
-        """Inverse of ``flatten``: new factors of exactly ``rank`` ranks."""
+        """Inverse of ``flatten``: new factors of exactly ``rank`` ranks.
+
+        Raises:
+            ValueError: The vector is not of their length.
+        """
+        if vector.shape != (self.size(groups, rank),):
+            raise ValueError(f"{vector.shape} values for {self.size(groups, rank)} of {groups} at rank {rank}")
         factors = {
             f"{module.name}{_SUFFIXES[group]}": np.zeros(_shape(module, group, rank), np.float32)
             for module in self.modules
