@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.formats.envelope import Envelope, header_text, unseal
 from edge_runtime.formats.errors import MessageError
 from edge_runtime.formats.layout import Phase
 from edge_runtime.formats.messages import Decline, Reason, Update
-from server.aggregation import Accumulator, group_median
+from server.aggregation import Accumulator, Mean, assign_groups, group_median
 from server.federation import Federation
-from server.gates import Expected, Refusal, admit
+from server.gates import Admitted, Expected, Refusal, admit
 from server.plan import make_plan, plan_id
 from server.selection import Device
 from server.transport import Arrival
@@ -32,20 +30,20 @@ class Collected:
     """What a round's replies came to.
 
     Attributes:
-        mean: (N,) float64 at rank r_max; segments that nobody trained are 0.
+        mean: At rank r_max, or None while nothing is folded.
         folded: Devices whose update is in the mean, with the update's header.
         lost: Devices that did not answer in time, or whose node went away.
-        noise_scale: Largest share of one device in the mean, by which central noise is scaled.
+        largest_share: Of one device in a segment's mean, by which central noise is scaled.
         seconds: Where the time went.
     """
 
-    mean: NDArray[np.float64] | None = None
+    mean: Mean | None = None
     dispersion: float = 0.0
     folded: list[tuple[Device, Update]] = field(default_factory=list)
     declined: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     lost: list[Device] = field(default_factory=list)
-    noise_scale: float = 0.0
+    largest_share: float = 0.0
     norms: list[float] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -99,7 +97,7 @@ def collect_plain(
 ) -> Collected:
     """Run the cohort through a round in which the server sees every update, one at a time."""
     config, collected = federation.config, Collected()
-    sums = _Sums(federation, number, phase)
+    sums = _Sums(federation, cohort, number, phase)
     talk = Conversation(federation, collected, f"round-{number}", deadline_s)
     versions = federation.state.versions
 
@@ -133,41 +131,36 @@ def collect_plain(
     for device in talk.pending.values():
         collected.lost.append(device)
         device.outcome(number, "lost:deadline" if len(collected.folded) < config.cohort.size else "lost:surplus")
-    for norm in sorted(collected.norms):  # in an order that does not depend on who was faster
-        federation.norm_gate.accept(phase.value, norm)
+    federation.norm_gate.accept(phase.value, collected.norms)
     if collected.folded:
-        collected.mean, collected.dispersion, collected.noise_scale = sums.mean()
+        sums.close(collected)
     return collected
 
 
 class _Sums:
     """The accumulators of a round: one, or one a group of devices for the median of their means."""
 
-    def __init__(self, federation: Federation, number: int, phase: Phase) -> None:
-        robust = federation.config.robust
-        self.count = robust.groups if robust.method == "group_median" else 1
-        self.sums = [Accumulator(federation.layout, phase.groups) for _ in range(self.count)]
-        self.salt = f"{federation.config.seed}/{number}/"
+    def __init__(self, federation: Federation, cohort: Sequence[Device], number: int, phase: Phase) -> None:
+        robust, layout = federation.config.robust, federation.layout
+        count = robust.groups if robust.method == "group_median" else 1
+        self.groups = assign_groups([device.node for device in cohort], count, federation.config.seed + number)
+        self.sums = [Accumulator(layout, phase.groups) for _ in range(count)]
         self.largest_weight = 0
 
-    def fold(self, device: Device, vector: NDArray[np.float32], rank: int, weight: int) -> None:
-        drawn = hashlib.sha256((self.salt + device.name).encode()).digest()
-        self.sums[int.from_bytes(drawn[:8], "big") % self.count].fold(vector, rank, weight)
+    def fold(self, device: Device, admitted: Admitted) -> None:
+        weight = admitted.update.weight
+        self.sums[self.groups[device.node]].fold(admitted.vector, device.rank, weight)
         self.largest_weight = max(self.largest_weight, weight)
 
-    def mean(self) -> tuple[NDArray[np.float64], float, float]:
-        """(mean, dispersion, the largest share of one device)."""
-        whole = self.sums[0]
-        if self.count == 1:
-            mean, weights, _ = whole.mean()
-            smallest = min((weight for weight in weights if weight), default=1)
-            return mean, whole.dispersion(), self.largest_weight / smallest
+    def close(self, collected: Collected) -> None:
+        """Mean, dispersion and the largest share that one device has in a segment."""
         used = [accumulator for accumulator in self.sums if accumulator.count]
-        mean = group_median([accumulator.mean() for accumulator in used], whole)
-        for accumulator in used:
-            if accumulator is not whole:
-                whole.merge(accumulator)
-        return mean, whole.dispersion(), 1.0
+        whole = used[0]
+        collected.mean = whole.mean() if len(self.sums) == 1 else group_median(used)
+        for accumulator in used[1:]:
+            whole.merge(accumulator)
+        collected.dispersion = whole.dispersion()
+        collected.largest_share = self.largest_weight / min((w for w in whole.mean().weights if w), default=1)
 
 
 def _fold(
@@ -183,7 +176,6 @@ def _fold(
     config = federation.config
     expected = Expected(
         layout=federation.layout,
-        base_digest=federation.layout.base_digest,
         round=number,
         phase=phase,
         rank=device.rank,
@@ -198,7 +190,7 @@ def _fold(
         device.outcome(number, f"refused:{admitted.value}")
         log.warning("round %d: update of %s refused: %s", number, device.name, admitted.value)
         return
-    sums.fold(device, admitted.vector, device.rank, admitted.update.weight)
+    sums.fold(device, admitted)
     collected.norms.append(admitted.norm)
     device.step_s = admitted.update.step_s or device.step_s
     device.outcome(number, "folded")

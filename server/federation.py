@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.files import write_atomically
 from edge_runtime.formats.layout import AdapterLayout, Module, Phase, effective_pairs
 from edge_runtime.formats.lora import Adapter, save_adapter
@@ -100,7 +101,7 @@ def open_federation(
         sleep=sleep,
         state=start_state(layout, config.seed, config.codec.down),
         optimizer=new_optimizer(config),
-        norm_gate=NormGate(config.gates.norm_factor, config.gates.max_norm),
+        norm_gate=NormGate(config.gates.norm_factor, 0.0, config.gates.max_norm),
         enrolled=enrolled,
     )
     found = load_checkpoint(directory / CHECKPOINTS)
@@ -129,7 +130,7 @@ def save_federation(federation: Federation) -> None:
     meta = {
         "layout_digest": federation.layout.digest,
         "state": federation.state.numbers(),
-        "norms": federation.norm_gate.to_json(),
+        "norms": federation.norm_gate.state(),
         "drift": [drift.phase and drift.phase.value, drift.dispersion, drift.apart],
         "devices": [device.to_dict() for device in federation.devices.values()],
         "mask_scales": {key: list(scales) for key, scales in federation.mask_scales.items()},
@@ -148,6 +149,7 @@ def write_candidate(federation: Federation, held_out_loss: float | None) -> Path
     """The adapter of the last committed round in PEFT's format, for the gate."""
     layout, target = federation.layout, federation.directory / CANDIDATES / f"{federation.number:06d}"
     pairs = effective_pairs(layout, federation.state.factors())
+    (target / "candidate.json").unlink(missing_ok=True)  # written last: where it stands, the rest is whole
     save_adapter(target, Adapter(layout.max_rank, layout.scale, pairs, layout.base_digest))
     about = {
         "federation": federation.config.name,
@@ -171,8 +173,6 @@ def adapter_digest(federation: Federation) -> str:
 
 def _restore(federation: Federation, number: int, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     if meta["layout_digest"] != federation.layout.digest:
-        from edge_runtime.formats.errors import UserError
-
         raise UserError(
             str(federation.directory),
             f"a federation of another base or adapter ({meta['layout_digest'][:12]})",
@@ -184,7 +184,7 @@ def _restore(federation: Federation, number: int, arrays: Mapping[str, Any], met
     federation.optimizer.load_state(
         {name.removeprefix(_OPTIMIZER): value for name, value in arrays.items() if name.startswith(_OPTIMIZER)}
     )
-    federation.norm_gate = NormGate.from_json(meta["norms"])
+    federation.norm_gate.load_state(meta["norms"])
     phase, dispersion, apart = meta["drift"]
     federation.drift = Drift(None if phase is None else Phase(phase), dispersion, apart)
     federation.devices = {entry["name"]: Device(**entry) for entry in meta["devices"]}

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.formats.envelope import unseal
 from edge_runtime.formats.errors import MessageError, SevenfoldError
 from edge_runtime.formats.layout import Phase
 from edge_runtime.formats.messages import Score
+from server.aggregation import Mean
 from server.collecting import Collected, Conversation, collect_plain
 from server.federation import Federation, adapter_digest, new_optimizer, save_federation, write_candidate, write_devices
 from server.greeting import Greeter
@@ -116,11 +116,13 @@ def _commit(
     write_devices(federation)
 
 
-def _apply(federation: Federation, mean: NDArray[np.float64], phase: Phase) -> float:
+def _apply(federation: Federation, mean: Mean, phase: Phase) -> float:
     """Step the optimizer on every group of the phase; the norm of what changed."""
     layout, changed = federation.layout, 0.0
-    for group, part in layout.split(mean, phase.groups, layout.max_rank).items():
-        change = federation.optimizer.step(group, part)
+    for group, part in layout.split(mean.vector, phase.groups, layout.max_rank).items():
+        ends = np.cumsum(layout.segment_sizes((group,), layout.max_rank))
+        idle = [slice(start, end) for start, end, w in zip((0, *ends), ends, mean.weights, strict=False) if not w]
+        change = federation.optimizer.step(group, part, idle)
         federation.state.apply(group, change)
         changed += float(change @ change)
     return math.sqrt(changed)

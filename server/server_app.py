@@ -24,7 +24,8 @@ from edge_runtime.formats.envelope import MAX_PAYLOAD_BYTES, Envelope, envelope_
 from edge_runtime.formats.errors import MessageError, SevenfoldError, UserError
 from server.config import config_from_json
 from server.federation import open_federation, read_layout, read_manifest
-from server.registry import enrolled_keys
+from server.home import Home
+from server.registry import enrolled
 from server.rounds import run_federation
 from server.transport import Arrival
 
@@ -65,10 +66,14 @@ def run_on_grid(
     with sole_runner(directory):
         config = config_from_json(directory / "config.json")
         layout = read_layout(config, read_manifest(config))
-        transport = FlowerTransport(grid)
-        identify = (lambda node: transport.identify(node, enrolled_keys(home))) if registered else None
         federation = open_federation(
-            config, layout, directory, transport, clock=time.time, sleep=time.sleep, enrolled=identify
+            config,
+            layout,
+            directory,
+            FlowerTransport(grid),
+            clock=time.time,
+            sleep=time.sleep,
+            enrolled=(lambda node: device_key(Home(home), node)) if registered else None,
         )
         try:
             run_federation(federation, report)
@@ -77,23 +82,22 @@ def run_on_grid(
             raise
 
 
+def device_key(home: Home, node: int) -> str | None:
+    """The device key (hex) that was enrolled together with the key that a node authenticates with."""
+    keys = {device.node: device.public_key for device in enrolled(home) if not device.revoked}
+    return keys.get(node)
+
+
 class FlowerTransport:
     """Envelopes over Flower's Message API: the header in a ConfigRecord, the payload as one Array of bytes."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._asked: dict[str, int] = {}
-        self._node_keys: dict[int, bytes] = {}
 
     def nodes(self) -> list[int]:
         """Nodes that Flower counts as online."""
-        found = list(self._grid.get_nodes())
-        self._node_keys = {node.node_id: bytes(node.public_key) for node in found}
-        return [node.node_id for node in found]
-
-    def identify(self, node: int, enrolled: Mapping[bytes, str]) -> str | None:
-        """The device key registered together with the node key that this node authenticated with."""
-        return enrolled.get(self._node_keys.get(node, b""))
+        return list(self._grid.get_node_ids())
 
     def push(self, messages: Sequence[tuple[int, Envelope]], ttl_s: float, group: str) -> list[str]:
         """Send; equal payloads become one object that Flower stores once."""
