@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_runtime.formats.errors import UserError
 
@@ -29,7 +32,48 @@ class RuntimeConfig:
     bench_repeat: int = 3
 
 
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """When and how a device takes part in a federation when the user says nothing.
+
+    Attributes:
+        battery_ratio: Least charge of a battery that is being discharged.
+        zone_celsius: Hottest thermal zone.
+        memory_bytes: Least main memory that could be used without swapping.
+        retry_after_s: Told to the server with a refusal by one of these.
+        text_bytes: Most local text that is held as tokens; the newest files are taken.
+        shortest_poll_s: Between two questions to the SuperLink, right after a message.
+        longest_poll_s: The same while a federation is active.
+        idle_poll_s: The same when nothing came for ``idle_after_s``.
+        heartbeat_s: How often the SuperLink hears from the device; after two missed ones it is taken for gone.
+    """
+
+    battery_ratio: float = 0.3
+    zone_celsius: float = 80.0
+    memory_bytes: int = 256 << 20
+    retry_after_s: float = 300.0
+    text_bytes: int = 16 << 20
+    shortest_poll_s: float = 0.05
+    longest_poll_s: float = 1.0
+    idle_poll_s: float = 5.0
+    idle_after_s: float = 120.0
+    heartbeat_s: float = 10.0
+
+
 DEFAULTS = RuntimeConfig()
+CLIENT_DEFAULTS = ClientConfig()
+
+
+def state_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where this machine keeps what it can make anew: leases and the state of federations.
+
+    ``$SEVENFOLD_STATE_DIR``, else ``$XDG_STATE_HOME/sevenfold``, else ``~/.local/state/sevenfold``.
+    """
+    if named := environment.get("SEVENFOLD_STATE_DIR"):
+        return Path(named)
+    if xdg := environment.get("XDG_STATE_HOME"):
+        return Path(xdg) / "sevenfold"
+    return Path.home() / ".local" / "state" / "sevenfold"
 
 
 def choose_threads(threads: int | None, cores: int) -> int:
