@@ -118,9 +118,10 @@ def collect_plain(
         if arrival.envelope is None:
             collected.lost.append(device)
             device.outcome(number, f"lost:{arrival.error}"[:60])
+        elif needs_factors(device, arrival.envelope):
+            talk.send([(device, plan(device))])
         elif arrival.envelope.kind == "decline":
-            if _declined(federation, collected, device, arrival.envelope, number):
-                talk.send([(device, plan(device))])
+            _declined(federation, collected, device, arrival.envelope, number)
         else:
             device.held = dict(versions)
             started_s = federation.clock()
@@ -197,21 +198,25 @@ def _fold(
     collected.folded.append((device, admitted.update))
 
 
-def _declined(federation: Federation, collected: Collected, device: Device, envelope: Envelope, number: int) -> bool:
-    """Note a decline; True when the plan should be sent again at once, with every factor."""
+def needs_factors(device: Device, envelope: Envelope) -> bool:
+    """Whether a device lacks a part that it was believed to hold; it is believed to hold none then."""
+    missing = envelope.kind == "decline" and envelope.header.get("reason") == Reason.FACTORS and bool(device.held)
+    if missing:
+        device.held = {}
+    return missing
+
+
+def _declined(federation: Federation, collected: Collected, device: Device, envelope: Envelope, number: int) -> None:
+    """Note a decline."""
     try:
         decline = unseal(envelope, Decline)
     except MessageError:
         collected.refused[Refusal.MALFORMED.value] += 1
         device.outcome(number, "refused:malformed")
-        return False
-    if decline.reason is Reason.FACTORS and device.held:
-        device.held = {}
-        return True
+        return
     collected.declined[decline.reason.value] += 1
     device.not_before_s = federation.clock() + decline.retry_after_s
     device.outcome(number, f"declined:{decline.reason.value}")
-    return False
 
 
 def _noise_std(federation: Federation) -> float:

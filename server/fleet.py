@@ -106,9 +106,12 @@ class DriftingDevice:
         if envelope.kind == "scoreplan":
             return self._score(envelope, unseal(envelope, ScorePlan))
         plan = unseal(envelope, Plan)
-        if plan.plan_id not in self.replies:
-            self.replies = {plan.plan_id: self._train(envelope, plan)}
-        return self.replies[plan.plan_id]
+        if plan.plan_id in self.replies:
+            return self.replies[plan.plan_id]
+        reply = self._train(envelope, plan)
+        if reply.kind == "update":
+            self.replies = {plan.plan_id: reply}
+        return reply
 
     def loss(self, factors: Factors) -> float:
         """Mean squared distance to its target."""
@@ -190,7 +193,8 @@ class DriftingDevice:
         lora_a, lora_b = factors[f"{module}.lora_A"], factors[f"{module}.lora_B"]
         core = factors.get(f"{module}.core")
         product = (lora_b if core is None else lora_b @ core) @ lora_a
-        return (np.float32(self.layout.scale) * product - self._target(module)).astype(np.float32)
+        error: NDArray[np.float32] = np.float32(self.layout.scale) * product - self._target(module)
+        return error
 
     def _target(self, module: str) -> NDArray[np.float32]:
         where = [entry.name for entry in self.layout.modules].index(module)

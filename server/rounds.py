@@ -18,8 +18,9 @@ from edge_runtime.formats.errors import MessageError, SevenfoldError
 from edge_runtime.formats.layout import Phase
 from edge_runtime.formats.messages import Score
 from server.aggregation import Mean
-from server.collecting import Collected, Conversation, collect_plain
+from server.collecting import Collected, Conversation, collect_plain, needs_factors
 from server.federation import Federation, adapter_digest, new_optimizer, save_federation, write_candidate, write_devices
+from server.gates import Refusal
 from server.greeting import Greeter
 from server.plan import Drift, choose_phase, make_score_plan
 from server.selection import Device, choose_deadline_s, select_cohort
@@ -60,9 +61,10 @@ def run_federation(federation: Federation, report: Callable[[Mapping[str, Any]],
 def _one_round(federation: Federation, greeter: Greeter) -> None:
     """Attempt the next round until one attempt reaches the quorum."""
     config, number = federation.config, federation.number + 1
+    failed: set[str] = set()
     for attempt in range(MOST_ATTEMPTS):
         devices = greeter.wait_for(federation, config.cohort.quorum, config.cohort.patience_s)
-        cohort = select_cohort(config, number, devices, federation.clock())
+        cohort = select_cohort(config, number, devices, federation.clock(), failed)
         if len(cohort) < config.cohort.quorum:
             _wait_for_declined(federation, devices)
             cohort = select_cohort(config, number, devices, federation.clock())
@@ -77,6 +79,11 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
             why += (
                 f", declined {dict(collected.declined)}, refused {dict(collected.refused)}, lost {len(collected.lost)}"
             )
+            failed = {device.name for device in cohort} - {device.name for device, _ in collected.folded}
+            if collected.refused[Refusal.NORM] * 2 > len(cohort):
+                # Most devices moved farther than before: the bound is out of date, not the devices.
+                federation.norm_gate.load_state({})
+                why += "; the bound on norms starts anew"
         else:
             why = f"{len(cohort)} of {config.cohort.quorum} devices ready, {len(greeter.turned_away)} turned away"
         log.warning("round %d, attempt %d: %s", number, attempt, why)
@@ -182,6 +189,8 @@ def _evaluate(federation: Federation, devices: list[Device], number: int) -> flo
     loss_sum, tokens = 0.0, 0
     scores = []
     for device, arrival in talk.arrivals():
+        if arrival.envelope is not None and needs_factors(device, arrival.envelope):
+            talk.send([(device, make_score_plan(config, state, device, number))])
         if arrival.envelope is None or arrival.envelope.kind != "score":
             continue
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,14 +66,17 @@ def device_from_profile(node: int, profile: Profile, layout: AdapterLayout, know
     return device
 
 
-def select_cohort(config: FederationConfig, number: int, devices: Iterable[Device], now_s: float) -> list[Device]:
+def select_cohort(
+    config: FederationConfig, number: int, devices: Iterable[Device], now_s: float, last: Collection[str] = ()
+) -> list[Device]:
     """The devices of a round, over-selection included, best first.
 
     Every device draws a number from (seed, round, name); the smallest are taken. The order of two devices does not
-    depend on who else is there, so a repeated round finds the same cohort.
+    depend on who else is there, so a repeated round finds the same cohort. Those named in ``last``, who failed an
+    attempt of this round, come after all others.
     """
     ready = [device for device in devices if device.not_before_s <= now_s and device.sequences > 0]
-    ready.sort(key=lambda device: _draw(config.seed, number, device.name))
+    ready.sort(key=lambda device: (device.name in last, _draw(config.seed, number, device.name)))
     return ready[: math.ceil(config.cohort.size * config.cohort.over_selection)]
 
 
