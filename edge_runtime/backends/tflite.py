@@ -83,7 +83,7 @@ class TfliteBackend:
         if not _is_tflite(path):
             raise BackendError(f"{path}: not a readable TFLite file; fetch or export the package again")
         try:
-            with _silenced_stderr():
+            with silenced_stderr():
                 return cls(interpreter_class(model_path=str(path), num_threads=threads), spec)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())
@@ -353,7 +353,7 @@ def _import_interpreter() -> Any:
 
 
 @contextlib.contextmanager
-def _silenced_stderr() -> Iterator[None]:
+def silenced_stderr() -> Iterator[None]:
     """Keep the runtime's greeting off the terminal: it has no log level, and its errors are raised anyway.
 
     The whole process is silent meanwhile, since the greeting is written to the file descriptor.

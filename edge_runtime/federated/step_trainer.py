@@ -8,11 +8,13 @@ last, is in memory at a time: a second one would hold the base twice.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.backends.tflite import silenced_stderr
 from edge_runtime.federated.trainer import (
     LORA_A,
     LORA_B,
@@ -22,14 +24,13 @@ from edge_runtime.federated.trainer import (
     factor_rank,
     fit_batch,
     refuse_unusable,
-    step_files,
+    training_files,
 )
 from edge_runtime.formats.errors import BackendError, PackageError
 from edge_runtime.formats.package import Package
 
 TOKENS, LOSS_MASK, LOSS_SUM, TOKEN_COUNT = "tokens", "loss_mask", "loss_sum", "token_count"
 GRADIENT_SUFFIX, SLOT_SUFFIX = ".gradient", ".weight"
-TRAIN_SIGNATURE, LOSS_SIGNATURE = "train", "loss"
 _STEP_FILE, _LOSS_FILE = "train_{}.onnx", "loss_{}.onnx"
 _QUIET = 4  # every failure arrives as an exception
 
@@ -42,7 +43,7 @@ class OnnxStepTrainer:
     def __init__(self, package: Package, threads: int) -> None:
         """Use ``open``."""
         self._spec, self._threads = package.manifest.decoder, threads
-        self.buckets = _require_buckets(package, "onnx")
+        self.buckets = tuple(sorted(int(_digits(path)) for path in _require_files(package, "onnx")))
         self._files = {
             name: package.path(f"onnx/{name}")
             for name in (form.format(tokens) for tokens in self.buckets for form in (_STEP_FILE, _LOSS_FILE))
@@ -50,8 +51,9 @@ class OnnxStepTrainer:
         self._file = _STEP_FILE.format(self.buckets[0])
         self._session = self._load(self._file)
         properties: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self._targets = tuple(properties["lora_targets"].split(","))
-        self._max_rank, self.batch_sequences = int(properties["lora_rank"]), int(properties["batch_sequences"])
+        self.targets = tuple(properties["lora_targets"].split(","))
+        # The graph takes any rank; beyond this one the decoder beside it would refuse what was trained.
+        self.max_rank, self.batch_sequences = int(properties["lora_rank"]), int(properties["batch_sequences"])
         self._slots = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
 
     @classmethod
@@ -93,7 +95,7 @@ class OnnxStepTrainer:
     def _run(
         self, file: str, tokens: Tokens, loss_mask: Floats, factors: Factors, scale: float, names: list[str]
     ) -> dict[str, NDArray[Any]]:
-        factor_rank(factors, self._spec, self._targets, self._max_rank, names)
+        factor_rank(factors, self._spec, self.targets, self.max_rank, names)
         ids, mask = fit_batch(tokens, loss_mask, self._spec, self.buckets, self.batch_sequences)
         session = self._session_for(file.format(ids.shape[1]))
         fetched = [LOSS_SUM, TOKEN_COUNT, *(_gradient(name) for name in names)]
@@ -135,13 +137,113 @@ class OnnxStepTrainer:
         return session
 
 
-def _require_buckets(package: Package, container: str) -> tuple[int, ...]:
-    files = step_files(package, container)
+class TfliteStepTrainer:
+    """``tflite_train/train.tflite`` in LiteRT. See ``Trainer``."""
+
+    name = "tflite"
+
+    def __init__(self, package: Package, threads: int) -> None:
+        """Use ``open``."""
+        self._spec, self._threads = package.manifest.decoder, threads
+        self._path: Path | None = package.path(_require_files(package, "tflite_train")[0])
+        self._signature, self._runner = "", None
+        signatures = self._load().get_signature_list()
+        self.buckets = tuple(sorted(int(_digits(name)) for name in signatures if name.startswith("train_")))
+        details = self._runner_for(f"train_{self.buckets[0]}").get_input_details()
+        self._slots = {name: tuple(int(size) for size in detail["shape"]) for name, detail in details.items()}
+        self.batch_sequences = self._slots.pop(TOKENS)[0]
+        del self._slots[LOSS_MASK]
+        self.max_rank = min(min(shape) for shape in self._slots.values())
+        self.targets = tuple(dict.fromkeys(name.split(".lora_")[0].rpartition(".")[2] for name in self._slots))
+
+    @classmethod
+    def open(cls, package: Package, *, threads: int) -> TfliteStepTrainer:
+        """Map the file.
+
+        Raises:
+            PackageError: The package holds no training graphs.
+            BackendError: LiteRT is not installed, or the file does not load.
+        """
+        return cls(package, threads)
+
+    def loss_and_gradients(
+        self,
+        tokens: Tokens,
+        loss_mask: Floats,
+        factors: Factors,
+        scale: float,
+        *,
+        wanted: Collection[str] | None = None,
+    ) -> tuple[float, int, dict[str, Floats]]:
+        """See ``Trainer.loss_and_gradients``."""
+        names = sorted(factors if wanted is None else wanted)
+        found = self._run("train_{}", tokens, loss_mask, factors, scale, names)
+        gradients = {name: _from_slot(name, found[_gradient(name)], factors[name], scale) for name in names}
+        refuse_unusable(float(found[LOSS_SUM]), gradients)
+        return float(found[LOSS_SUM]), round(float(found[TOKEN_COUNT])), gradients
+
+    def loss(self, tokens: Tokens, loss_mask: Floats, factors: Factors, scale: float) -> tuple[float, int]:
+        """See ``Trainer.loss``."""
+        found = self._run("loss_{}", tokens, loss_mask, factors, scale, [])
+        refuse_unusable(float(found[LOSS_SUM]), {})
+        return float(found[LOSS_SUM]), round(float(found[TOKEN_COUNT]))
+
+    def close(self) -> None:
+        """See ``Trainer.close``. Any later call raises BackendError."""
+        self._path = self._runner = None
+
+    def _run(
+        self, signature: str, tokens: Tokens, loss_mask: Floats, factors: Factors, scale: float, names: list[str]
+    ) -> dict[str, NDArray[Any]]:
+        factor_rank(factors, self._spec, self.targets, self.max_rank, names)
+        ids, mask = fit_batch(tokens, loss_mask, self._spec, self.buckets, self.batch_sequences)
+        # The batch is fixed: rows that count nothing fill it up.
+        missing = ((0, self.batch_sequences - len(ids)), (0, 0))
+        slots = {name: _to_slot(name, shape, factors, scale) for name, shape in self._slots.items()}
+        runner = self._runner_for(signature.format(ids.shape[1]))
+        try:
+            found: dict[str, NDArray[Any]] = runner(
+                **{TOKENS: np.pad(ids, missing), LOSS_MASK: np.pad(mask, missing)}, **slots
+            )
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"LiteRT failed in a training step: {_one_line(error)}") from error
+        return found
+
+    def _runner_for(self, signature: str) -> Any:
+        if self._path is None:
+            raise BackendError("this trainer is closed; open it again")
+        if self._signature != signature:
+            # A new interpreter, because an old one keeps the memory of every signature that ever ran.
+            self._signature, self._runner = "", None
+            self._runner = self._load().get_signature_runner(signature)
+            self._signature = signature
+        return self._runner
+
+    def _load(self) -> Any:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise BackendError("ai-edge-litert is not installed; type: pip install ai-edge-litert") from error
+        try:
+            with silenced_stderr():
+                return Interpreter(model_path=str(self._path), num_threads=self._threads)
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"{self._path}: LiteRT cannot load it: {_one_line(error)}") from error
+
+
+def _require_files(package: Package, container: str) -> tuple[str, ...]:
+    files = training_files(package, container)
     if not files:
         raise PackageError(
-            f"{package.directory}: holds no training graphs; export the package with export.train_buckets=[64,128]"
+            f"{package.directory}: container {container} holds no training graphs here; "
+            "export the package with export.train_buckets=[64,128]"
         )
-    return tuple(files)
+    return files
+
+
+def _digits(name: str) -> str:
+    """``onnx/train_128.onnx`` or ``train_128`` -> ``128``."""
+    return name.rpartition("train_")[2].removesuffix(".onnx")
 
 
 def _gradient(name: str) -> str:

@@ -32,7 +32,7 @@ TRAINERS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "onnx": ("edge_runtime.federated.step_trainer", "OnnxStepTrainer", "onnx", ("onnxruntime",)),
     "tflite": ("edge_runtime.federated.step_trainer", "TfliteStepTrainer", "tflite_train", ("ai_edge_litert",)),
 }
-_STEP_FILE = re.compile(r"train_([1-9][0-9]{0,5})\.(onnx|tflite)")
+_TRAINING_FILE = re.compile(r"train_[1-9][0-9]{0,5}\.onnx|train\.tflite|weights\.safetensors")
 
 
 class Trainer(Protocol):
@@ -42,11 +42,15 @@ class Trainer(Protocol):
         name: ``onnx``, ``tflite`` or ``torch``.
         buckets: Sequence lengths in tokens that are computed without padding, ascending.
         batch_sequences: Most sequences a call takes.
+        targets: Projections whose adapters it trains.
+        max_rank: Of an adapter; None for any.
     """
 
     name: str
     buckets: tuple[int, ...]
     batch_sequences: int
+    targets: tuple[str, ...]
+    max_rank: int | None
 
     def loss_and_gradients(
         self,
@@ -102,15 +106,12 @@ def open_trainer(kind: str, package: Package, *, threads: int) -> Trainer:
     return trainer
 
 
-def step_files(package: Package, container: str) -> dict[int, str]:
-    """Sequence length to the verified training graph for it, ascending; empty when the container holds none."""
+def training_files(package: Package, container: str) -> tuple[str, ...]:
+    """Verified paths of what a trainer reads in ``container``; empty when it holds nothing to train with."""
     if container not in package.available:
-        return {}
-    found: dict[int, str] = {}
-    for path in package.manifest.containers[container].files:
-        if match := _STEP_FILE.fullmatch(PurePosixPath(path).name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+        return ()
+    files = package.manifest.containers[container].files
+    return tuple(path for path in files if _TRAINING_FILE.fullmatch(PurePosixPath(path).name))
 
 
 def fit_batch(
@@ -191,17 +192,13 @@ def _choose(kind: str, package: Package) -> tuple[str, str]:
     for name in TRAINERS if kind == "auto" else (kind,):
         module, class_name, container, libraries = TRAINERS[name]
         absent = [library for library in libraries if importlib.util.find_spec(library) is None]
-        if not _trainable(package, container):
+        if not training_files(package, container):
             missing.append(f"{name}: no training files in container {container}")
         elif absent:
             missing.append(f"{name}: {' '.join(absent)} not installed")
         else:
             return module, class_name
-    held = any(_trainable(package, container) for _, _, container, _ in TRAINERS.values())
+    held = any(training_files(package, container) for _, _, container, _ in TRAINERS.values())
     step = "install one of these" if held else "export the package with export.train_buckets=[64,128]"
     error = BackendError if kind != "auto" and "not installed" in missing[0] else PackageError
     raise error(f"{package.directory}: cannot train here ({'; '.join(missing)}); {step}")
-
-
-def _trainable(package: Package, container: str) -> bool:
-    return container in package.available and (container == "torch" or bool(step_files(package, container)))

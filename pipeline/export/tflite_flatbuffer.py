@@ -111,9 +111,10 @@ class Subgraph:
         shape: tuple[int, ...],
         options: tuple[int, object] | None = None,
         version: int = 1,
+        dtype: type[np.generic] = np.float32,
     ) -> int:
         """Append an operator with one output of ``shape``; returns that tensor."""
-        return self.operator_many(builtin, inputs, [shape], options, version)[0]
+        return self.operator_many(builtin, inputs, [shape], options, version, dtype)[0]
 
     def operator_many(
         self,
@@ -122,9 +123,11 @@ class Subgraph:
         shapes: list[tuple[int, ...]],
         options: tuple[int, object] | None = None,
         version: int = 1,
+        dtype: type[np.generic] = np.float32,
     ) -> list[int]:
         """Append an operator with one output a shape. ``options`` is (BuiltinOptions member, its table)."""
-        outputs = [self._tensor(f"t{len(self.tensors)}", shape, schema.TensorType.FLOAT32) for shape in shapes]
+        kind = _TENSOR_TYPES[np.dtype(dtype)]
+        outputs = [self._tensor(f"t{len(self.tensors)}", shape, kind) for shape in shapes]
         operator = schema.OperatorT(self.model.operator_code(builtin, version), inputs, outputs)
         if options is not None:
             operator.builtinOptionsType, operator.builtinOptions = options

@@ -55,9 +55,9 @@ def write_tflite(
     Raises:
         ExportError: The weights do not fit the container or the profile.
     """
-    _refuse_unfit(spec, weights, profile, lora, prefill_tokens)
+    refuse_unfit(spec, weights, profile, lora, prefill_tokens)
     model = ModelFile()
-    model.metadata[COLUMNS_METADATA] = json.dumps(_padded_columns(weights)).encode()
+    model.metadata[COLUMNS_METADATA] = json.dumps(padded_columns(weights)).encode()
     for signature, tokens in (("decode", 1), ("prefill", prefill_tokens)):
         _build_signature(model.subgraph(signature), spec, weights, lora, tokens)
     save_model(path, model, f"sevenfold decoder, profile {profile}")
@@ -185,15 +185,16 @@ def _norm(step: _Step, x: int, name: str) -> int:
     return op.rms_norm(step.graph, x, weight, step.spec.rms_norm_eps)
 
 
-def _padded_columns(weights: Weights) -> dict[str, int]:
+def padded_columns(weights: Weights) -> dict[str, int]:
     """True widths of the weights that the quantizer padded to whole groups."""
     quantized = {name: value for name, value in weights.items() if isinstance(value, QuantizedTensor)}
     return {name: value.columns for name, value in quantized.items() if value.columns != value.codes.shape[1]}
 
 
-def _refuse_unfit(
+def refuse_unfit(
     spec: DecoderSpec, weights: Weights, profile: Profile, lora: LoraSlots | None, prefill_tokens: int
 ) -> None:
+    """Raises ExportError when weights, slots or sizes do not fit the container or the profile."""
     if profile not in ("current", "legacy"):
         raise ExportError(f"TFLite profile {profile!r}: only current and legacy exist")
     if prefill_tokens < 2:

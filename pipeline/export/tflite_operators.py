@@ -108,11 +108,12 @@ def pad_last(graph: Subgraph, x: int, size: int) -> int:
     return graph.operator(_OP.PAD, [x, padding], (*rest, size), (_OPTIONS.PadOptions, schema.PadOptionsT()))
 
 
-def batch_matmul(graph: Subgraph, a: int, b: int, *, transpose_b: bool) -> int:
-    """a @ b or a @ b^T over the last two axes."""
+def batch_matmul(graph: Subgraph, a: int, b: int, *, transpose_b: bool, transpose_a: bool = False) -> int:
+    """a @ b over the last two axes, either of them transposed if so said."""
+    rows = graph.shapes[a][-1] if transpose_a else graph.shapes[a][-2]
     columns = graph.shapes[b][-2] if transpose_b else graph.shapes[b][-1]
-    options = (_OPTIONS.BatchMatMulOptions, schema.BatchMatMulOptionsT(adjY=transpose_b))
-    return graph.operator(_OP.BATCH_MATMUL, [a, b], (*graph.shapes[a][:-1], columns), options)
+    options = (_OPTIONS.BatchMatMulOptions, schema.BatchMatMulOptionsT(adjX=transpose_a, adjY=transpose_b))
+    return graph.operator(_OP.BATCH_MATMUL, [a, b], (*graph.shapes[a][:-2], rows, columns), options)
 
 
 def fully_connected(graph: Subgraph, x: int, weight: int, bias: int | None, value: QuantizedTensor | np.ndarray) -> int:
