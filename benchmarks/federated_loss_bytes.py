@@ -16,12 +16,13 @@ from benchmarks.federated_trial import plan, report
 from benchmarks.federated_trial.adapters import Adapter, Lora, core_between
 from benchmarks.federated_trial.methods import Method, Run
 from benchmarks.federated_trial.model import Base, Shape, decoder_block, head_losses
-from benchmarks.federated_trial.pretraining import pretrained_base
+from benchmarks.federated_trial.pretraining import pretrained_base, read_base, write_base
 from benchmarks.federated_trial.rounds import Record, Setting, adam_step, train_group
 from benchmarks.federated_trial.text import Federation, encode_text, read_federation
 
-_GROUP = 12
-_PRETRAINING_STEPS = 2000
+_GROUP = 24
+_AVERAGES = (3, 6, 12)
+_PRETRAINING_STEPS = 1500
 _WINDOWS = 8
 
 
@@ -35,10 +36,14 @@ def main() -> int:
     print(f"torch {torch.__version__} on {_device_name(device)}", flush=True)
     setting, steps = _setting(options, device)
     public = encode_text((options.data / "wikitext2_valid.txt").read_text(encoding="utf-8"))
-    base, loss = pretrained_base(setting.shape, public, steps, 0, device)
-    print(f"base: {steps} steps, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
-    planned = plan.STAGES["tiny" if options.tiny else options.stage]()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.base:
+        base = read_base(options.base, device)
+    else:
+        base, loss = pretrained_base(setting.shape, public, steps, 0, device)
+        print(f"base: {steps} steps, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
+        write_base(base, options.out / "base.safetensors")
+    planned = plan.STAGES["tiny" if options.tiny else options.stage]()
     records = _run_all(planned, setting, base, options, began)
     table = report.tables(records)
     (options.out / "tables.md").write_text(table, encoding="utf-8")
@@ -104,13 +109,16 @@ def _adapter(method: Method, shape: Shape, base: Base) -> Adapter:
 
 def _setting(options: argparse.Namespace, device: torch.device) -> tuple[Setting, int]:
     if options.tiny:
-        return Setting(Shape(hidden=32, layers=1, heads=2, inner=64, context=32), cohort=3, batch=2), 3
+        return Setting(
+            Shape(hidden=32, layers=1, heads=2, inner=64, context=32), cohort=3, batch=2, averages=_AVERAGES
+        ), 3
     if device.type == "cpu":
-        return Setting(Shape()), _PRETRAINING_STEPS
+        return Setting(Shape(), averages=_AVERAGES), _PRETRAINING_STEPS
     if not options.compile:
-        return Setting(Shape(), dtype=torch.float16), _PRETRAINING_STEPS
+        return Setting(Shape(), dtype=torch.float16, averages=_AVERAGES), _PRETRAINING_STEPS
     pieces = [torch.compile(piece, dynamic=False) for piece in (decoder_block, head_losses, adam_step)]
-    return Setting(Shape(), dtype=torch.float16, block=pieces[0], head=pieces[1], update=pieces[2]), _PRETRAINING_STEPS
+    setting = Setting(Shape(), 10, 8, torch.float16, *pieces, averages=_AVERAGES)
+    return setting, _PRETRAINING_STEPS
 
 
 def _label(group: list[Run]) -> str:
@@ -126,6 +134,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=sorted(plan.STAGES), default="explore")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="where the texts lie")
+    parser.add_argument("--base", type=Path, help="a base.safetensors of an earlier stage; trained anew without")
     parser.add_argument("--out", type=Path, default=Path("runs/federated_trial"))
     parser.add_argument("--limit-s", type=float, default=500.0, help="start nothing that would not end by then")
     parser.add_argument("--group", type=int, default=_GROUP, help="runs in one batch")

@@ -19,8 +19,8 @@ class Method:
         feedback: Whether what a codec loses is added to the next message of the same sender.
         from_seed: Whether the state travels as its difference from the seed's initial values.
         server: ``average``, ``momentum``, ``nesterov`` or ``adam``, on the mean update.
-        server_rate: Its learning rate.
-        server_beta: Its momentum.
+        server_rate: Its learning rate; the momentum is a mean of the updates, so that 1 moves as far as averaging.
+        server_beta: Its momentum, reached from 0 as t / (t + 3).
         b_ratio: Learning rate of B over that of A.
         warmup_rounds: Rounds in B before alternating.
         block_rounds: Rounds of one phase before the other.
@@ -28,6 +28,9 @@ class Method:
         core_rank: Side of the core.
         core_bases: ``random`` or ``base``, the leading singular vectors of the base's linears.
         residual_decay: What is kept of a client's residual when it is sampled again.
+        local_decay: Whether a client's learning rate falls linearly to zero within a round.
+        local_average: Whether a client sends the mean of the second half of its steps, not the last.
+        keep_second: Whether a client keeps Adam's second moments until it is sampled again.
         rounds: How many; methods with cheap rounds may run longer than the reference.
     """
 
@@ -47,6 +50,9 @@ class Method:
     core_rank: int = 0
     core_bases: str = "random"
     residual_decay: float = 1.0
+    local_decay: bool = False
+    local_average: bool = False
+    keep_second: bool = False
     rounds: int = 60
 
 

@@ -10,7 +10,7 @@ from benchmarks.federated_trial.methods import Method, Run, in_codec
 
 FEDIT = Method("FedIT fp32", feedback=False)
 BOTH = Method("both")
-MOMENTUM = Method("both, momentum", server="momentum", server_rate=0.3)
+MOMENTUM = Method("both, momentum", server="momentum")
 
 
 def runs(
@@ -46,74 +46,83 @@ def tiny() -> list[Run]:
 
 
 def explore() -> list[Run]:
-    """Call one: where things stand, at one seed mostly."""
-    hundred = _explore_hundred()
-    return _explore_ten() + hundred[:24] + _explore_core() + _explore_docs() + hundred[24:]
+    """One seed, many candidates: what is worth a row of the table."""
+    return [*_explore_ten(), *_explore_long(), *_explore_hundred(), *_explore_docs(), *_explore_core()]
 
 
-def _explore_ten() -> list[Run]:
-    four = [in_codec(m, "int4", "int4") for m in _candidates()]
-    planned = runs([FEDIT], [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], [0, 1], "roles", 10)
-    planned += runs([m for m in four if m.phases in ("both", "auto")], [2e-3, 4e-3], [0], "roles", 10)
-    planned += runs([m for m in four if m.phases not in ("both", "auto")], [4e-3, 8e-3], [0], "roles", 10)
-    wire = [
-        in_codec(Method("both"), "int4", "int8"),
-        in_codec(Method("both"), "int8", "int8"),
-        in_codec(Method("both, no feedback", feedback=False), "int8", "int8"),
-        in_codec(Method("both, no feedback", feedback=False), "int4", "int4"),
-        in_codec(Method("both, not from seed", from_seed=False), "int4", "int4"),
-        in_codec(Method("both, residual x 0.5", residual_decay=0.5), "int4", "int4"),
-        in_codec(replace(MOMENTUM, name="momentum 0.3"), "fp32", "fp32"),
-        in_codec(replace(MOMENTUM, name="momentum 0.3"), "int4", "int8"),
-        in_codec(Method("both"), "int4", "chain"),
-        Method("stack fp16", phases="stack", up="fp16", down="fp16", feedback=False),
-    ]
-    return planned + runs(wire, [2e-3, 4e-3], [0], "roles", 10)
+def _four(name: str, rates: Iterable[float], federation: str, steps: int, **options: object) -> list[Run]:
+    method = Method(name, up="int4", down="int4", **options)  # type: ignore[arg-type]
+    return runs([method], rates, [0], federation, steps)
 
 
-def _candidates() -> list[Method]:
-    both = [BOTH, Method("b x 4", b_ratio=4.0), Method("b x 1/4", b_ratio=0.25)]
-    both += [Method(f"average x {rate}", server_rate=rate) for rate in (1.5, 2.0, 3.0)]
-    both += [Method(f"momentum {rate}", server="momentum", server_rate=rate) for rate in (0.1, 0.2, 0.3, 0.5)]
-    both += [Method(f"nesterov {rate}", server="nesterov", server_rate=rate) for rate in (0.2, 0.4)]
-    both += [Method(f"adam {rate}", server="adam", server_rate=rate) for rate in (2e-3, 5e-3, 1e-2)]
-    parts = [Method("alternating", phases="alternating"), Method("ffa", phases="ffa")]
-    parts += [Method("alternating 5", phases="alternating", block_rounds=5)]
-    parts += [replace(m, name=f"{m.name} momentum 0.3", server="momentum", server_rate=0.3) for m in parts]
-    return both + parts
+def _explore_ten() -> Iterator[Run]:
+    yield from runs([FEDIT], [4e-3, 8e-3, 1.6e-2], [0], "roles", 10)
+    yield from _four("both", [4e-3, 8e-3, 1.6e-2], "roles", 10)
+    yield from _four("both, local decay", [8e-3, 1.6e-2, 3.2e-2], "roles", 10, local_decay=True)
+    yield from _four("both, kept second", [4e-3, 8e-3, 1.6e-2], "roles", 10, keep_second=True)
+    yield from _four("both, nesterov 2", [2e-3, 4e-3, 8e-3], "roles", 10, server="nesterov", server_rate=2.0)
+    mild = {"server": "nesterov", "server_rate": 1.5, "server_beta": 0.6}
+    yield from _four("both, nesterov 1.5 mild", [4e-3, 8e-3], "roles", 10, **mild)
+    yield from _four("both, momentum 1", [4e-3, 8e-3, 1.6e-2], "roles", 10, server="momentum")
+    yield from _four("both, b x 2", [4e-3, 8e-3], "roles", 10, b_ratio=2.0)
+    yield from _four("both, average x 0.7", [8e-3, 1.6e-2], "roles", 10, server_rate=0.7)
 
 
-def _explore_hundred() -> list[Run]:
-    low, middle = [3e-4, 1e-3, 3e-3], [5e-4, 1e-3, 2e-3]
-    parts = [Method("alternating", phases="alternating"), Method("ffa", phases="ffa")]
-    swift = Method("alternating momentum 0.3", phases="alternating", server="momentum", server_rate=0.3)
-    momentum = [Method(f"momentum {rate}", server="momentum", server_rate=rate) for rate in (0.1, 0.3)]
-    more = [Method("average x 2", server_rate=2.0), Method("adam 0.005", server="adam", server_rate=5e-3)]
-    more += [Method("b x 4", b_ratio=4.0)]
-    four = [in_codec(m, "int4", "int4") for m in [BOTH, *parts, swift, *momentum, *more]]
-    planned = runs([FEDIT], [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3], [0], "roles", 100)
-    planned += runs(four[:1], middle, [0], "roles", 100)
-    planned += runs(four[4:5], low, [0], "roles", 100)
-    planned += runs(four[1:3], [1e-3, 2e-3, 4e-3], [0], "roles", 100)
-    planned += runs([four[3], four[5]], low, [0], "roles", 100)
-    return planned + runs([in_codec(BOTH, "int4", "int8"), *four[6:]], middle, [0], "roles", 100)
+def _explore_long() -> Iterator[Run]:
+    def by_turns(name: str, rates: Iterable[float], block_rounds: int, **options: object) -> list[Run]:
+        shape = {"phases": "alternating", "block_rounds": block_rounds, "rounds": 100}
+        return _four(name, rates, "roles", 10, **shape, **options)
+
+    yield from by_turns("alternating", [8e-3, 1.6e-2], 1)
+    yield from by_turns("alternating 5", [4e-3, 8e-3, 1.6e-2], 5)
+    yield from by_turns("alternating 10", [8e-3, 1.6e-2], 10)
+    yield from by_turns("alternating 5, local decay", [1.6e-2, 3.2e-2], 5, local_decay=True)
+    yield from by_turns("alternating 5, kept second", [8e-3, 1.6e-2], 5, keep_second=True)
+    yield from by_turns("alternating 5, momentum 1", [8e-3, 1.6e-2], 5, server="momentum")
+    yield from by_turns("alternating 5, nesterov 2", [4e-3, 8e-3], 5, server="nesterov", server_rate=2.0)
+    yield from by_turns("alternating 5, b x 2", [4e-3, 8e-3], 5, b_ratio=2.0)
+    yield from _four("ffa", [8e-3, 1.6e-2, 3.2e-2], "roles", 10, phases="ffa", rounds=100)
+    yield from _four("ffa, kept second", [8e-3, 1.6e-2], "roles", 10, phases="ffa", rounds=100, keep_second=True)
+    swift = {"phases": "ffa", "rounds": 100, "server": "nesterov", "server_rate": 2.0}
+    yield from _four("ffa, nesterov 2", [8e-3, 1.6e-2], "roles", 10, **swift)
 
 
-def _explore_core() -> list[Run]:
-    planned = []
-    for rank, bases in ((32, "random"), (32, "base"), (64, "base")):
-        core = Method(f"core {rank} {bases}", phases="core", core_rank=rank, core_bases=bases)
-        faster = replace(core, name=f"{core.name} momentum 0.3", server="momentum", server_rate=0.3)
-        methods = [in_codec(core, "int8", "int8"), in_codec(core, "int4", "int4"), in_codec(faster, "int4", "int4")]
-        planned += runs(methods, [1e-3, 3e-3, 1e-2, 3e-2], [0], "roles", 10)
-    return planned
+def _explore_hundred() -> Iterator[Run]:
+    yield from runs([FEDIT], [6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3], [0], "roles", 100)
+    yield from _four("both", [2.5e-4, 5e-4, 1e-3], "roles", 100)
+    yield from _four("both, local decay", [5e-4, 1e-3], "roles", 100, local_decay=True)
+    yield from _four("alternating", [5e-4, 1e-3], "roles", 100, phases="alternating")
+    yield from _four("alternating 5", [2.5e-4, 5e-4, 1e-3], "roles", 100, phases="alternating", block_rounds=5)
+    yield from _four("ffa", [1e-3], "roles", 100, phases="ffa")
+    yield from _four("both, average x 0.5", [5e-4, 1e-3], "roles", 100, server_rate=0.5)
+    yield from _four("both, local average", [5e-4, 1e-3], "roles", 100, local_average=True)
+    mild = {"server": "nesterov", "server_rate": 1.5, "server_beta": 0.6}
+    yield from _four("both, nesterov 1.5 mild", [2.5e-4], "roles", 100, **mild)
+    yield from _four("both, momentum 1", [5e-4, 1e-3], "roles", 100, server="momentum")
+    yield from _four("both, kept second", [5e-4], "roles", 100, keep_second=True)
 
 
-def _explore_docs() -> list[Run]:
-    candidates = {method.name: in_codec(method, "int4", "int4") for method in _candidates()}
-    planned = runs([FEDIT], [1e-3, 2e-3, 4e-3, 8e-3], [0], "docs", 10)
-    ours = [candidates[name] for name in ("both", "momentum 0.2", "momentum 0.3", "alternating")]
-    return planned + runs(ours, [2e-3, 4e-3], [0], "docs", 10)
+def _explore_docs() -> Iterator[Run]:
+    yield from runs([FEDIT], [1e-3, 2e-3, 4e-3, 8e-3], [0], "docs", 10)
+    yield from _four("both", [2e-3, 4e-3, 8e-3], "docs", 10)
+    yield from _four("both, local decay", [4e-3, 8e-3, 1.6e-2], "docs", 10, local_decay=True)
+    yield from _four("both, nesterov 2", [2e-3, 4e-3], "docs", 10, server="nesterov", server_rate=2.0)
+    yield from _four("alternating 5", [4e-3, 8e-3, 1.6e-2], "docs", 10, phases="alternating", block_rounds=5)
+    yield from _four("ffa", [8e-3, 1.6e-2], "docs", 10, phases="ffa")
+    yield from _four("both, kept second", [4e-3, 8e-3], "docs", 10, keep_second=True)
+    yield from _four("both, momentum 1", [4e-3, 8e-3], "docs", 10, server="momentum")
+    yield from runs([in_codec(BOTH, "int8", "int8"), in_codec(BOTH, "int4", "int8")], [4e-3], [0], "docs", 10)
+    yield from _four("alternating", [8e-3], "docs", 10, phases="alternating")
+
+
+def _explore_core() -> Iterator[Run]:
+    for rank, bases in ((32, "base"), (64, "random")):
+        shape = {"phases": "core", "core_rank": rank, "core_bases": bases}
+        name = f"core {rank} {bases}"
+        yield from _four(name, [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "roles", 10, **shape)
+        yield from _four(f"{name}, nesterov 2", [4e-3, 8e-3], "roles", 10, server="nesterov", server_rate=2.0, **shape)
+        yield from _four(f"{name}, local decay", [8e-3, 1.6e-2], "roles", 10, local_decay=True, **shape)
+        yield from runs([Method(f"{name} fp32", **shape)], [4e-3, 8e-3], [0], "roles", 10)  # type: ignore[arg-type]
 
 
 STAGES = {"tiny": tiny, "explore": explore}

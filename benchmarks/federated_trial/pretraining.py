@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.federated_trial.model import Base, Shape, decoder_block, head_losses, initial_base, window_losses
 
-_BATCH = 64
+_BATCH = 128
 _PEAK_LEARNING_RATE = 3e-3
 _WARMUP_STEPS = 100
 
@@ -23,7 +25,9 @@ def pretrained_base(shape: Shape, text: Tensor, steps: int, seed: int, device: t
         start.norms.to(device).requires_grad_(),
         [linear.to(device).requires_grad_() for linear in start.linears],
     )
-    optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        base.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+    )
     text = text.to(device)
     positions = torch.arange(shape.context + 1, device=device)
     losses = []
@@ -39,6 +43,20 @@ def pretrained_base(shape: Shape, text: Tensor, steps: int, seed: int, device: t
         losses.append(loss.detach())
     frozen = Base(base.embedding.detach(), base.norms.detach(), [linear.detach() for linear in base.linears])
     return frozen, float(torch.stack(losses[-50:]).mean())
+
+
+def write_base(base: Base, path: Path) -> None:
+    """Keep a base for later stages."""
+    tensors = {"embedding": base.embedding, "norms": base.norms}
+    tensors |= {f"linears.{slot:03d}": linear for slot, linear in enumerate(base.linears)}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def read_base(path: Path, device: torch.device) -> Base:
+    """A base that ``write_base`` wrote."""
+    tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    linears = [tensors[name] for name in sorted(tensors) if name.startswith("linears.")]
+    return Base(tensors["embedding"], tensors["norms"], linears)
 
 
 def base_losses(base: Base, shape: Shape, tokens: Tensor) -> Tensor:

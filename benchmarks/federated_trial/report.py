@@ -72,7 +72,11 @@ def curves(records: Sequence[Record]) -> list[Curve]:
     found: dict[tuple[str, float], list[Record]] = defaultdict(list)
     for record in records:
         found[record.run.method.name, record.run.learning_rate].append(record)
-    return [_curve(name, rate, alike) for (name, rate), alike in found.items()]
+    made = [_curve(name, rate, alike, [r.losses for r in alike]) for (name, rate), alike in found.items()]
+    for (name, rate), alike in found.items():
+        for decay in alike[0].averaged:
+            made.append(_curve(f"{name}, mean {decay}", rate, alike, [r.averaged[decay] for r in alike]))
+    return made
 
 
 def bar(found: Sequence[Curve]) -> float:
@@ -90,14 +94,14 @@ def chosen(found: Sequence[Curve], target: float) -> list[Curve]:
     return list(best.values())
 
 
-def _curve(name: str, rate: float, records: list[Record]) -> Curve:
+def _curve(name: str, rate: float, records: list[Record], losses: list[list[float]]) -> Curve:
     totals = [list(accumulate(up + down for up, down in zip(r.up_bytes, r.down_bytes, strict=True))) for r in records]
     return Curve(
         method=name,
         learning_rate=rate,
         seeds=len(records),
-        losses=_means([r.losses for r in records]),
-        final_losses=[r.losses[min(EQUAL_ROUNDS, len(r.losses) - 1)] for r in records],
+        losses=_means(losses),
+        final_losses=[row[min(EQUAL_ROUNDS, len(row) - 1)] for row in losses],
         total_bytes=_means(totals),
         dispersions=_means([r.dispersions for r in records]),
     )

@@ -33,9 +33,13 @@ class Server:
         residual: What the last broadcasts lost (n,).
         velocity: First moment of the server's optimiser (n,).
         second: Its second moment (n,).
+        averages: Running means of the states, by their decay (see ``average_states``).
+        client_seconds: Adam's second moments that each client keeps (C, n); empty unless it does.
+        client_steps: How many steps they hold (C,).
         client_residuals: What each client's last message lost (C, n).
         held: Version of each part that each client holds, per part (C,).
         versions: Newest version of each part.
+        taken: Updates of each part that were folded.
         message_bytes: Bytes of the update that led to each version, by part; used by ``chain``.
         seed: Of the initial values.
     """
@@ -49,15 +53,25 @@ class Server:
     residual: Tensor
     velocity: Tensor
     second: Tensor
+    averages: dict[int, Tensor]
+    client_seconds: Tensor
+    client_steps: Tensor
     client_residuals: Tensor
     held: dict[str, list[int]]
     versions: dict[str, int]
+    taken: dict[str, int]
     message_bytes: dict[str, dict[int, int]]
     seed: int
 
 
 def start_server(
-    method: Method, adapter: Adapter, linears: list[Tensor], clients: int, seed: int, device: torch.device
+    method: Method,
+    adapter: Adapter,
+    linears: list[Tensor],
+    clients: int,
+    seed: int,
+    device: torch.device,
+    decays: tuple[int, ...] = (),
 ) -> Server:
     """A server before its first round."""
     initial = _seeded(adapter, seed, 0, device)
@@ -73,9 +87,13 @@ def start_server(
         residual=zeros.clone(),
         velocity=zeros.clone(),
         second=torch.full_like(initial, _ADAPTIVITY**2),
+        averages={decay: initial.clone() for decay in decays},
+        client_seconds=torch.zeros(clients if method.keep_second else 0, len(initial), device=device),
+        client_steps=torch.zeros(clients, device=device),
         client_residuals=torch.zeros(clients, len(initial), device=device),
         held={part: [0] * clients for part in adapter.parts},
         versions=dict.fromkeys(adapter.parts, 0),
+        taken=dict.fromkeys(adapter.parts, 0),
         message_bytes={part: {} for part in adapter.parts},
         seed=seed,
     )
@@ -123,7 +141,8 @@ def fold(server: Server, updates: Tensor, phase: tuple[str, ...], adapter: Adapt
     mean = updates.mean(0)
     for part in phase:
         where = server.parts[part]
-        server.state[where] += _server_step(server, mean[where], where)
+        server.state[where] += _server_step(server, mean[where], where, server.taken[part])
+        server.taken[part] += 1
 
 
 def broadcast(server: Server, phase: tuple[str, ...], round_index: int) -> None:
@@ -144,9 +163,14 @@ def broadcast(server: Server, phase: tuple[str, ...], round_index: int) -> None:
         server.state[where] = adopted + origin
 
 
-def evaluated(server: Server, adapter: Adapter) -> Tensor:
-    """The vector whose held-out loss counts: what clients would decode now, or no update on a stacked base."""
-    return _seeded(adapter, server.seed, 0, server.state.device) if server.method.phases == "stack" else server.state
+def average_states(server: Server, round_index: int) -> None:
+    """Take the newest state into the running means, whose windows grow with the rounds.
+
+    A mean of decay d weighs the state of round t (from 1) by (d + 1) / (t + d): no horizon needs to be known
+    (Shamir and Zhang 2013, "Stochastic gradient descent for non-smooth optimization").
+    """
+    for decay, mean in server.averages.items():
+        mean.lerp_(server.state, (decay + 1) / (round_index + 1 + decay))
 
 
 def _seeded(adapter: Adapter, seed: int, round_index: int, device: torch.device) -> Tensor:
@@ -169,13 +193,14 @@ def _missed_bytes(server: Server, part: str, held: int) -> int:
     return encoded_bytes(size, server.method.down)
 
 
-def _server_step(server: Server, mean: Tensor, where: slice) -> Tensor:
+def _server_step(server: Server, mean: Tensor, where: slice, taken: int) -> Tensor:
     method = server.method
     if method.server == "average":
         return method.server_rate * mean
     if method.server in ("momentum", "nesterov"):
-        server.velocity[where] = method.server_beta * server.velocity[where] + mean
-        ahead = method.server_beta * server.velocity[where] + mean
+        beta = min(method.server_beta, taken / (taken + 3))
+        server.velocity[where] = beta * server.velocity[where] + (1 - beta) * mean
+        ahead = beta * server.velocity[where] + (1 - beta) * mean
         return method.server_rate * (ahead if method.server == "nesterov" else server.velocity[where])
     if method.server != "adam":
         raise ValueError(f"server optimiser {method.server}: average, momentum, nesterov or adam")

@@ -101,7 +101,9 @@ def test_adam_step_is_torchs_adamw_and_leaves_frozen_values():
     optimizers = [torch.optim.AdamW([p], lr=float(r[0])) for p, r in zip(theirs, rates, strict=True)]
     for step in range(1, 6):
         gradient = torch.randn(3, 5, generator=generator)
-        ours, first, second = adam_step(ours, gradient, first, second, rates, torch.tensor(float(step)))
+        ours, first, second = adam_step(
+            ours, gradient, first, second, rates, torch.tensor(float(step)), torch.full((3, 1), float(step))
+        )
         for parameter, row, optimizer in zip(theirs, gradient, optimizers, strict=True):
             parameter.grad = row.clone()
             optimizer.step()
