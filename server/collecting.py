@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from math import sqrt
 
 from edge_runtime.formats.envelope import Envelope, header_text, unseal
 from edge_runtime.formats.errors import MessageError
@@ -15,7 +14,7 @@ from edge_runtime.formats.layout import Phase
 from edge_runtime.formats.messages import Decline, Reason, Update
 from server.aggregation import Accumulator, Mean, assign_groups, group_median
 from server.federation import Federation
-from server.gates import Admitted, Expected, Refusal, admit
+from server.gates import Expected, Refusal, admit
 from server.plan import make_plan, plan_id
 from server.selection import Device
 from server.transport import Arrival
@@ -92,110 +91,53 @@ class Conversation:
                 self.collected.seconds["wait"] += pause_s
 
 
-def collect_plain(
-    federation: Federation, cohort: Sequence[Device], number: int, attempt: int, phase: Phase, deadline_s: float
-) -> Collected:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What devices were asked for, and from which versions of the factors they start."""
+
+    number: int
+    attempt: int
+    phase: Phase
+    deadline_s: float
+    versions: Mapping[str, int]
+
+
+def collect_plain(federation: Federation, cohort: Sequence[Device], work: Work) -> Collected:
     """Run the cohort through a round in which the server sees every update, one at a time."""
-    config, collected = federation.config, Collected()
-    sums = _Sums(federation, cohort, number, phase)
-    talk = Conversation(federation, collected, f"round-{number}", deadline_s)
-    versions = federation.state.versions
-
-    def plan(device: Device) -> Envelope:
-        return make_plan(
-            config,
-            federation.state,
-            device,
-            number,
-            phase,
-            deadline_s,
-            attempt=attempt,
-            noise_std=_noise_std(federation),
-        )
-
-    talk.send([(device, plan(device)) for device in cohort])
+    collected = Collected()
+    folding = Folding(federation, collected, cohort, work)
+    talk = Conversation(federation, collected, f"round-{work.number}", work.deadline_s)
+    talk.send([(device, plan_for(federation, device, work)) for device in cohort])
     for device, arrival in talk.arrivals():
-        if arrival.envelope is None:
-            collected.lost.append(device)
-            device.outcome(number, f"lost:{arrival.error}"[:60])
-        elif needs_factors(device, arrival.envelope):
-            talk.send([(device, plan(device))])
-        elif arrival.envelope.kind == "decline":
-            _declined(federation, collected, device, arrival.envelope, number)
+        if arrival.envelope is not None and needs_factors(device, arrival.envelope):
+            talk.send([(device, plan_for(federation, device, work))])
         else:
-            device.held = dict(versions)
-            started_s = federation.clock()
-            _fold(federation, collected, sums, device, arrival.envelope, number, attempt, phase)
-            collected.seconds["fold"] += federation.clock() - started_s
-        if len(collected.folded) >= config.cohort.size:
+            folding.take(device, work, arrival)
+        if len(collected.folded) >= federation.config.cohort.size:
             break
+    enough = len(collected.folded) >= federation.config.cohort.size
     for device in talk.pending.values():
-        collected.lost.append(device)
-        device.outcome(number, "lost:deadline" if len(collected.folded) < config.cohort.size else "lost:surplus")
-    federation.norm_gate.accept(phase.value, collected.norms)
-    if collected.folded:
-        sums.close(collected)
+        folding.lose(device, work, "surplus" if enough else "deadline")
+    folding.close()
     return collected
 
 
-class _Sums:
-    """The accumulators of a round: one, or one a group of devices for the median of their means."""
-
-    def __init__(self, federation: Federation, cohort: Sequence[Device], number: int, phase: Phase) -> None:
-        robust, layout = federation.config.robust, federation.layout
-        count = robust.groups if robust.method == "group_median" else 1
-        self.groups = assign_groups([device.node for device in cohort], count, federation.config.seed + number)
-        self.sums = [Accumulator(layout, phase.groups) for _ in range(count)]
-        self.largest_weight = 0
-
-    def fold(self, device: Device, admitted: Admitted) -> None:
-        weight = admitted.update.weight
-        self.sums[self.groups[device.node]].fold(admitted.vector, device.rank, weight)
-        self.largest_weight = max(self.largest_weight, weight)
-
-    def close(self, collected: Collected) -> None:
-        """Mean, dispersion and the largest share that one device has in a segment."""
-        used = [accumulator for accumulator in self.sums if accumulator.count]
-        whole = used[0]
-        collected.mean = whole.mean() if len(self.sums) == 1 else group_median(used)
-        for accumulator in used[1:]:
-            whole.merge(accumulator)
-        collected.dispersion = whole.dispersion()
-        collected.largest_share = self.largest_weight / min((w for w in whole.mean().weights if w), default=1)
-
-
-def _fold(
-    federation: Federation,
-    collected: Collected,
-    sums: _Sums,
-    device: Device,
-    envelope: Envelope,
-    number: int,
-    attempt: int,
-    phase: Phase,
-) -> None:
-    config = federation.config
-    expected = Expected(
-        layout=federation.layout,
-        round=number,
-        phase=phase,
-        rank=device.rank,
-        codec=config.codec.up,
-        weight_cap=config.local.weight_cap if config.local.weight == "sequences" else 1,
-        max_norm=federation.norm_gate.bound(phase.value),
-        plan_id=plan_id(config, federation.layout, number, attempt, device.name),
+def plan_for(federation: Federation, device: Device, work: Work) -> Envelope:
+    """One device's plan, with its share of distributed noise."""
+    privacy, noise_std = federation.config.privacy, 0.0
+    if privacy.noise == "distributed":
+        # Each of at least `quorum` devices brings its share: variances add up to (multiplier x clip)^2.
+        noise_std = privacy.noise_multiplier * privacy.clip_norm / sqrt(federation.config.cohort.quorum)
+    return make_plan(
+        federation.config,
+        federation.state,
+        device,
+        work.number,
+        work.phase,
+        work.deadline_s,
+        attempt=work.attempt,
+        noise_std=noise_std,
     )
-    admitted = admit(envelope, expected)
-    if isinstance(admitted, Refusal):
-        collected.refused[admitted.value] += 1
-        device.outcome(number, f"refused:{admitted.value}")
-        log.warning("round %d: update of %s refused: %s", number, device.name, admitted.value)
-        return
-    sums.fold(device, admitted)
-    collected.norms.append(admitted.norm)
-    device.step_s = admitted.update.step_s or device.step_s
-    device.outcome(number, "folded")
-    collected.folded.append((device, admitted.update))
 
 
 def needs_factors(device: Device, envelope: Envelope) -> bool:
@@ -206,22 +148,82 @@ def needs_factors(device: Device, envelope: Envelope) -> bool:
     return missing
 
 
-def _declined(federation: Federation, collected: Collected, device: Device, envelope: Envelope, number: int) -> None:
-    """Note a decline."""
-    try:
-        decline = unseal(envelope, Decline)
-    except MessageError:
-        collected.refused[Refusal.MALFORMED.value] += 1
-        device.outcome(number, "refused:malformed")
-        return
-    collected.declined[decline.reason.value] += 1
-    device.not_before_s = federation.clock() + decline.retry_after_s
-    device.outcome(number, f"declined:{decline.reason.value}")
+class Folding:
+    """Judges replies and adds the good ones to integer sums: one, or one a group for the median of their means."""
 
+    def __init__(self, federation: Federation, collected: Collected, cohort: Sequence[Device], work: Work) -> None:
+        robust = federation.config.robust
+        count = robust.groups if robust.method == "group_median" else 1
+        self.federation, self.collected, self.work = federation, collected, work
+        self.groups = assign_groups([device.node for device in cohort], count, federation.config.seed + work.number)
+        self.sums = [Accumulator(federation.layout, work.phase.groups) for _ in range(count)]
+        self.largest_weight = 0
 
-def _noise_std(federation: Federation) -> float:
-    privacy, cohort = federation.config.privacy, federation.config.cohort
-    if privacy.noise != "distributed":
-        return 0.0
-    # Each of at least `quorum` devices brings its share: variances add up to (multiplier x clip)^2.
-    return float(privacy.noise_multiplier * privacy.clip_norm / np.sqrt(cohort.quorum))
+    def take(self, device: Device, work: Work, arrival: Arrival, weight: Callable[[int], int] = int) -> None:
+        """Judge one reply; ``weight`` turns the update's own weight into what it counts."""
+        if arrival.envelope is None:
+            self.lose(device, work, arrival.error)
+        elif arrival.envelope.kind == "decline":
+            self._decline(device, work, arrival.envelope)
+        else:
+            started_s = self.federation.clock()
+            device.held = dict(work.versions)
+            self._fold(device, work, arrival.envelope, weight)
+            self.collected.seconds["fold"] += self.federation.clock() - started_s
+
+    def lose(self, device: Device, work: Work, why: str) -> None:
+        """Note a device that did not answer."""
+        self.collected.lost.append(device)
+        device.outcome(work.number, f"lost:{why}"[:60])
+
+    def refuse(self, device: Device, work: Work, refusal: Refusal) -> None:
+        """Note an update that was not folded."""
+        self.collected.refused[refusal.value] += 1
+        device.outcome(work.number, f"refused:{refusal.value}")
+        log.warning("round %d: update of %s refused: %s", work.number, device.name, refusal.value)
+
+    def close(self) -> None:
+        """Mean, dispersion and the largest share that one device has in a segment."""
+        collected, used = self.collected, [accumulator for accumulator in self.sums if accumulator.count]
+        self.federation.norm_gate.accept(self.work.phase.value, collected.norms)
+        if not used:
+            return
+        collected.mean = used[0].mean() if len(self.sums) == 1 else group_median(used)
+        for accumulator in used[1:]:
+            used[0].merge(accumulator)
+        collected.dispersion = used[0].dispersion()
+        collected.largest_share = self.largest_weight / min((w for w in used[0].mean().weights if w), default=1)
+
+    def _fold(self, device: Device, work: Work, envelope: Envelope, weight: Callable[[int], int]) -> None:
+        federation, config = self.federation, self.federation.config
+        expected = Expected(
+            layout=federation.layout,
+            round=work.number,
+            phase=work.phase,
+            rank=device.rank,
+            codec=config.codec.up,
+            weight_cap=config.local.weight_cap if config.local.weight == "sequences" else 1,
+            max_norm=federation.norm_gate.bound(work.phase.value),
+            plan_id=plan_id(config, federation.layout, work.number, work.attempt, device.name),
+        )
+        admitted = admit(envelope, expected)
+        if isinstance(admitted, Refusal):
+            self.refuse(device, work, admitted)
+            return
+        counted = weight(admitted.update.weight)
+        self.sums[self.groups.get(device.node, 0)].fold(admitted.vector, device.rank, counted)
+        self.largest_weight = max(self.largest_weight, counted)
+        self.collected.norms.append(admitted.norm)
+        self.collected.folded.append((device, admitted.update))
+        device.step_s = admitted.update.step_s or device.step_s
+        device.outcome(work.number, "folded")
+
+    def _decline(self, device: Device, work: Work, envelope: Envelope) -> None:
+        try:
+            decline = unseal(envelope, Decline)
+        except MessageError:
+            self.refuse(device, work, Refusal.MALFORMED)
+            return
+        self.collected.declined[decline.reason.value] += 1
+        device.not_before_s = self.federation.clock() + decline.retry_after_s
+        device.outcome(work.number, f"declined:{decline.reason.value}")

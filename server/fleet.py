@@ -187,14 +187,14 @@ class DriftingDevice:
                 if group in groups:
                     # Steps of one size, as Adam's: the learning rates of real federations work here too.
                     size = np.sqrt(np.square(steps[name]).mean()) + np.float32(1e-12)
-                    factors[name] = factors[name] - np.float32(learning_rate) / size * steps[name]
+                    factors[name] = (factors[name] - np.float32(learning_rate) / size * steps[name]).astype(np.float32)
 
     def _error(self, factors: Factors, module: str) -> NDArray[np.float32]:
         lora_a, lora_b = factors[f"{module}.lora_A"], factors[f"{module}.lora_B"]
         core = factors.get(f"{module}.core")
         product = (lora_b if core is None else lora_b @ core) @ lora_a
-        error: NDArray[np.float32] = np.float32(self.layout.scale) * product - self._target(module)
-        return error
+        error = np.float32(self.layout.scale) * product - self._target(module)
+        return np.asarray(error, np.float32)
 
     def _target(self, module: str) -> NDArray[np.float32]:
         where = [entry.name for entry in self.layout.modules].index(module)
