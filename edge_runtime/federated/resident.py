@@ -7,57 +7,32 @@ encoding keeps back of an update enters the next one once the server has said th
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from numpy.typing import NDArray
 
 from edge_runtime.federated.data import LocalData
 from edge_runtime.federated.local_steps import Conditions, Trained, score_locally, train_locally
+from edge_runtime.federated.secure import KINDS as MASKING_KINDS
+from edge_runtime.federated.secure import SecureSessions
 from edge_runtime.federated.state import DeviceState
 from edge_runtime.federated.trainer import TRAINERS, Trainer
+from edge_runtime.federated.updates import Work, answer, commit_residuals, labels, work_digest
 from edge_runtime.formats.broadcast import to_factors, unpack_parts
-from edge_runtime.formats.codec import decode, encode
-from edge_runtime.formats.envelope import Envelope, check_payload, seal, sha256, unseal, write_fields
+from edge_runtime.formats.envelope import Envelope, check_payload, seal, sha256, unseal
 from edge_runtime.formats.errors import MessageError, SevenfoldError
 from edge_runtime.formats.layout import AdapterLayout, Factors
 from edge_runtime.formats.manifest import Manifest
-from edge_runtime.formats.messages import (
-    PROTOCOL,
-    Decline,
-    Hello,
-    Plan,
-    Profile,
-    Reason,
-    Score,
-    ScorePlan,
-    Update,
-)
+from edge_runtime.formats.messages import PROTOCOL, Decline, Hello, Plan, Profile, Reason, Score, ScorePlan
 
-MASKING_KINDS = frozenset({"maskinvite", "maskroster", "maskdelivery", "maskunmask"})
 _NOT_PRINTABLE = re.compile(r"[^ -~]")
 _TOO_SLOW_DECAY = 0.7  # a speed measured on a bad day is forgotten after a few refused plans
 _NEVER_S = 30 * 86400.0  # asking again changes nothing
 
-Vector = NDArray[np.float32]
 Lease = Callable[[Callable[[], bool]], AbstractContextManager[bool]]
-
-
-class Sessions(Protocol):
-    """Secure aggregation on the device: ``secure.SecureSessions``."""
-
-    def handle(self, envelope: Envelope) -> Envelope:
-        """Answer a masking message."""
-
-    def mask(self, plan: Plan, codes: NDArray[np.int32], sizes: Sequence[int], weight: int) -> bytes:
-        """The masked payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +58,6 @@ class Surroundings:
     most_rank: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A plan with everything that decides its answer.
-
-    Attributes:
-        digest: Of the plan and its factors, less what may differ when the plan is sent again.
-    """
-
-    plan: Plan
-    layout: AdapterLayout
-    factors: Factors
-    digest: str
-
-
 @dataclass(slots=True)
 class Resident:
     """Answers messages, one at a time.
@@ -106,7 +67,7 @@ class Resident:
         manifest: Of the verified package whose base is trained on.
         trainer: Open over that base.
         key: Signs what this device says to others.
-        sessions: Makes the masking sessions when they are first needed.
+        sessions: Secure aggregation's.
     """
 
     name: str
@@ -116,8 +77,7 @@ class Resident:
     state: DeviceState
     key: Ed25519PrivateKey
     around: Surroundings
-    sessions: Callable[[], Sessions]
-    _sessions: Sessions | None = field(default=None, init=False)
+    sessions: SecureSessions
 
     def handle(self, envelope: Envelope) -> Envelope:
         """The answer to a message of any content. Not for two threads at once."""
@@ -140,7 +100,9 @@ class Resident:
         if envelope.kind == "scoreplan":
             return self._score(unseal(envelope, ScorePlan), envelope, received_s)
         if envelope.kind in MASKING_KINDS:
-            return self._secure().handle(envelope)
+            # Who would decline the plan declines here, before others count on his share of the masks.
+            not_now = self.around.readiness() if envelope.kind == "maskinvite" else None
+            return self.sessions.handle(envelope) if not_now is None else seal(not_now)
         raise MessageError(f"message: {envelope.kind[:40]!r} is none that a device answers")
 
     # Greeting --------------------------------------------------------------------------------------------------
@@ -189,7 +151,9 @@ class Resident:
 
     def _slots(self) -> tuple[tuple[str, ...], int | None]:
         """(projections, largest rank) that the trainer's files take adapters for."""
-        container = self.manifest.containers.get(TRAINERS[self.trainer.name][2]) if self.trainer.name in TRAINERS else None
+        container = (
+            self.manifest.containers.get(TRAINERS[self.trainer.name][2]) if self.trainer.name in TRAINERS else None
+        )
         if container is None or not container.adapters.targets:  # weights, not a graph: any projection, any rank
             return tuple(dict.fromkeys(name for _, name in self.manifest.decoder.module_names())), None
         return container.adapters.targets, container.adapters.max_rank
@@ -211,21 +175,17 @@ class Resident:
         factors, digests = self._factors(plan, layout, envelope)
         if factors is None:
             return self._decline(Reason.FACTORS, "a part was left out that this device does not hold", 0)
-        work = _Work(plan, layout, factors, _work_digest(plan, digests))
+        work = Work(plan, layout, factors, work_digest(plan, digests))
         if (known := self.state.load_reply(plan.federation, plan.plan_id, work.digest)) is not None:
             self.around.log(f"{plan.federation} round {plan.round}: asked again, answered as before")
             return known
-        self._commit_residuals(plan, layout)
+        commit_residuals(self.state, plan, layout)
         if (refusal := self._refusal(plan, layout)) is not None:
             return refusal
         trained = self._run(work, received_s)
         if isinstance(trained, Reason):
             return self._decline(trained, f"round {plan.round}", self.around.retry_after_s)
-        reply, pending = self._reply(work, trained)
-        for group, vector in pending.items():
-            labels = _labels(plan, layout) | {"plan_id": plan.plan_id}
-            self.state.save_vector(plan.federation, f"pending.{group}", vector, labels)
-        self.state.save_reply(plan.federation, plan.plan_id, work.digest, reply)
+        reply = answer(work, trained, self._weight(plan), self.manifest.base_digest, self.state, self.sessions)
         losses = f"loss {trained.loss_before:.4f} to {trained.loss_after:.4f}"
         sent = f"{len(reply.payload)} bytes up, {len(envelope.payload)} down"
         self.around.log(
@@ -237,7 +197,9 @@ class Resident:
     def _refusal(self, plan: Plan, layout: AdapterLayout) -> Envelope | None:
         """Why not to train this plan here and now."""
         if plan.rank not in layout.ranks or plan.rank > self._largest_rank(layout):
-            raise MessageError(f"plan: rank {plan.rank}; this device trains one of {layout.ranks} up to {self._most_rank()}")
+            raise MessageError(
+                f"plan: rank {plan.rank}; this device trains one of {layout.ranks} up to {self._most_rank()}"
+            )
         if plan.sequence_tokens > self.trainer.buckets[-1]:
             raise MessageError(f"plan: sequences of {plan.sequence_tokens} tokens; at most {self.trainer.buckets[-1]}")
         if plan.phase == "core" and "core" not in {part.group for part in plan.parts}:
@@ -250,7 +212,7 @@ class Resident:
             return self._decline(Reason.DATA, "no training text in the data directory", self.around.retry_after_s)
         return None
 
-    def _run(self, work: _Work, received_s: float) -> Trained | Reason:
+    def _run(self, work: Work, received_s: float) -> Trained | Reason:
         plan, batch_tokens = work.plan, work.plan.batch_sequences * work.plan.sequence_tokens
         speed = self.state.load_json("speed.json")
         # Time grows with the tokens of a step; a speed measured on other steps is scaled to these.
@@ -264,72 +226,8 @@ class Resident:
             self.state.save_json("speed.json", speed | {"step_s": float(speed["step_s"]) * _TOO_SLOW_DECAY})
         return trained
 
-    def _reply(self, work: _Work, trained: Trained) -> tuple[Envelope, dict[str, Vector]]:
-        """The answer, and per group what encoding kept back.
-
-        Clipping bounds what this device can add, so it comes after the residual; noise comes after clipping. What
-        was clipped away is gone, and noise is never part of a residual that a later round would send.
-        """
-        plan, layout, groups = work.plan, work.layout, work.plan.phase.groups
-        sizes = layout.segment_sizes(groups, plan.rank)
-        vector = layout.flatten(trained.delta | self._with_residuals(work, trained.delta), groups, plan.rank)
-        vector = _clip(vector, plan.clip_norm)
-        weight = max(1, min(plan.weight_cap, self.data.count(plan.sequence_tokens)))
-        if plan.mask is not None:
-            from edge_runtime.formats.masking import quantize_for_mask
-
-            codes, sent = quantize_for_mask(vector, sizes, plan.mask)
-            payload, norm = self._secure().mask(plan, codes, sizes, weight), 0.0  # a norm would tell of one device
-        else:
-            noisy = vector + self._noise(plan, vector.size) / np.float32(weight)
-            payload, norm = encode(noisy, sizes, plan.codec), _norm(noisy)
-            sent = decode(payload, sizes, plan.codec) - (noisy - vector)
-        update = Update(
-            plan_id=plan.plan_id,
-            layout_digest=plan.layout_digest,
-            base_digest=self.manifest.base_digest,
-            round=plan.round,
-            phase=plan.phase,
-            rank=plan.rank,
-            codec=plan.codec,
-            weight=weight,
-            steps=trained.steps,
-            tokens=trained.tokens,
-            loss_before=trained.loss_before,
-            loss_after=trained.loss_after,
-            norm=norm,
-            step_s=trained.step_s,
-            payload_sha256=sha256(payload),
-        )
-        kept = layout.unflatten(vector - sent, groups, plan.rank)
-        return seal(update, payload), {group: layout.flatten(kept, (group,), plan.rank) for group in groups}
-
-    def _with_residuals(self, work: _Work, delta: Factors) -> Factors:
-        """The delta plus what earlier encodings kept back."""
-        plan, layout = work.plan, work.layout
-        summed = dict(delta)
-        for group in plan.phase.groups:
-            stored = self.state.load_vector(plan.federation, f"residual.{group}", _labels(plan, layout))
-            if stored is not None and stored.vector.size == layout.size((group,), plan.rank):
-                for name, kept in layout.unflatten(stored.vector, (group,), plan.rank).items():
-                    summed[name] = summed[name] + np.float32(plan.residual_decay) * kept
-        return summed
-
-    def _commit_residuals(self, plan: Plan, layout: AdapterLayout) -> None:
-        """What was kept back of a reply counts from now on, because the server says that it folded the reply."""
-        for group in ("a", "b", "core") if plan.folded else ():
-            wanted = {"plan_id": plan.folded, "layout": layout.digest}
-            if self.state.load_vector(plan.federation, f"pending.{group}", wanted) is not None:
-                self.state.promote_vector(plan.federation, f"pending.{group}", f"residual.{group}")
-
-    def _noise(self, plan: Plan, count: int) -> Vector:
-        """Gaussian noise that nobody else can foresee, and that is the same when the plan is answered again."""
-        if plan.noise_std == 0:
-            return np.zeros(count, np.float32)
-        secret = self.key.private_bytes_raw()
-        seed = hashlib.blake2b(plan.plan_id.encode("ascii"), key=secret, person=b"sevenfold-noise", digest_size=32)
-        rng = np.random.default_rng(np.frombuffer(seed.digest(), np.uint32))
-        return (rng.standard_normal(count) * plan.noise_std).astype(np.float32)
+    def _weight(self, plan: Plan) -> int:
+        return max(1, min(plan.weight_cap, self.data.count(plan.sequence_tokens)))
 
     # Scoring ---------------------------------------------------------------------------------------------------
 
@@ -341,7 +239,9 @@ class Resident:
         if factors is None:
             return self._decline(Reason.FACTORS, "a part was left out that this device does not hold", 0)
         if plan.sequence_tokens > self.trainer.buckets[-1]:
-            raise MessageError(f"scoreplan: sequences of {plan.sequence_tokens} tokens; at most {self.trainer.buckets[-1]}")
+            raise MessageError(
+                f"scoreplan: sequences of {plan.sequence_tokens} tokens; at most {self.trainer.buckets[-1]}"
+            )
         if (not_now := self.around.readiness()) is not None:
             return seal(not_now)
         self.data.refresh()
@@ -369,10 +269,10 @@ class Resident:
         if plan.rank not in layout.ranks:
             raise MessageError(f"{envelope.kind}: rank {plan.rank} is not one of {layout.ranks}")
         payload = check_payload(envelope, plan.payload_sha256)
-        labels, held = _labels(plan, layout), {}
+        known, held = labels(plan, layout), {}
         for part in plan.parts:
             if part.version and not part.size_bytes:
-                wanted = labels | {"version": str(part.version)}
+                wanted = known | {"version": str(part.version)}
                 if (stored := self.state.load_vector(plan.federation, f"held.{part.group}", wanted)) is not None:
                     held[part.group, part.version] = stored.vector
         vectors = unpack_parts(layout, plan.parts, payload, plan.rank, plan.seed, held)
@@ -380,15 +280,10 @@ class Resident:
             return None, {}
         for part in plan.parts:
             if part.size_bytes:
-                named = labels | {"version": str(part.version)}
+                named = known | {"version": str(part.version)}
                 self.state.save_vector(plan.federation, f"held.{part.group}", vectors[part.group, part.version], named)
         digests = {f"{group} {version}": sha256(vector.tobytes()) for (group, version), vector in vectors.items()}
         return to_factors(layout, vectors, plan.rank), digests
-
-    def _secure(self) -> Sessions:
-        if self._sessions is None:
-            self._sessions = self.sessions()
-        return self._sessions
 
     def _never(self, reason: Reason, detail: str) -> Envelope:
         return self._decline(reason, detail, _NEVER_S)
@@ -396,30 +291,3 @@ class Resident:
     def _decline(self, reason: Reason, detail: str, retry_after_s: float) -> Envelope:
         self.around.log(f"declined, {reason}: {detail}")
         return seal(Decline(reason, _NOT_PRINTABLE.sub("?", detail)[:200], retry_after_s))
-
-
-def _labels(plan: Plan | ScorePlan, layout: AdapterLayout) -> dict[str, str]:
-    """What a stored vector must agree with before it is used with a plan."""
-    return {"layout": layout.digest, "seed": str(plan.seed), "rank": str(plan.rank)}
-
-
-def _work_digest(plan: Plan, factors: Mapping[str, str]) -> str:
-    """sha256 of what decides the answer. The same work sent again may have another deadline or leave parts out."""
-    fields = write_fields(plan)
-    for name in ("folded", "deadline_s", "parts", "payload_sha256"):
-        del fields[name]
-    return hashlib.sha256(json.dumps([fields, dict(factors)], sort_keys=True).encode()).hexdigest()
-
-
-def _clip(vector: Vector, most: float) -> Vector:
-    """The vector, shortened to a norm of ``most``; 0: as it is."""
-    norm = _norm(vector)
-    if most == 0 or norm <= most:
-        return vector
-    shorter = vector * np.float32(most / norm)
-    # Rounding may leave the norm an ulp above the bound that privacy counts on.
-    return shorter if _norm(shorter) <= most else shorter * np.float32(1 - 2.0**-20)
-
-
-def _norm(vector: Vector) -> float:
-    return float(np.sqrt(np.sum(np.square(vector, dtype=np.float64))))

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ _MAX_JSON_BYTES = 64 << 10
 _DIGEST = "sha256"
 
 Vector = NDArray[np.float32]
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class DeviceState:
     def _write(self, path: Path, content: bytes) -> None:
         write_atomically(path, content, mode=0o600)
 
-    def _read(self, path: Path, most_bytes: int, parse: Callable[[bytes], Any]) -> Any:
+    def _read(self, path: Path, most_bytes: int, parse: Callable[[bytes], Parsed]) -> Parsed | None:
         """What ``parse`` makes of a file; None when it is missing or was damaged and is now set aside."""
         try:
             with path.open("rb") as file:

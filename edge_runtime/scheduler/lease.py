@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edge_runtime.config import state_directory
 from edge_runtime.formats.errors import UserError
 
-try:
+if sys.platform != "win32":  # inference needs no lease there, because nothing can train
     import fcntl
-except ImportError:  # Windows: inference needs no lease there, because nothing can train
-    fcntl = None  # type: ignore[assignment]
 
 WANTED_FILE, RUNNING_FILE = "wanted", "running"
 POLL_S = 0.02
@@ -35,14 +34,16 @@ def lease_directory() -> Path:
 
 
 @contextlib.contextmanager
-def inference_lease(directory: Path | None = None, *, warn: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def inference_lease(
+    directory: Path | None = None, *, warn: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
     """Hold training back for as long as the block runs; waits for the step that may be under way.
 
     Args:
         directory: None: ``lease_directory()``.
         warn: Told when the directory cannot be written. Nothing can train there either, and text must still come.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
     with contextlib.ExitStack() as held:
@@ -72,7 +73,7 @@ def training_lease(
         UserError: The platform has no ``flock``.
         OSError: The directory cannot be written.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         raise UserError("client", os.name, "a system with flock (Linux, Android, macOS)", "train on another device")
     with contextlib.ExitStack() as held:
         wanted, running = _open(directory or lease_directory(), held)
