@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -29,7 +30,7 @@ _CHUNK = 1 << 17  # values whose stream is made at once
 _ZEROS = bytes(4 * _CHUNK)
 
 RandomBytes = Callable[[int], bytes]
-Field = NDArray[np.uint16] | NDArray[np.uint32]
+Field = NDArray[np.unsignedinteger[Any]]
 
 
 def quantize_for_mask(
@@ -71,16 +72,30 @@ def field_bits(devices: int, weight_cap: int, largest_code: int, noise_codes: fl
         devices: That may add to the sum.
         weight_cap: Largest weight of one.
         largest_code: Of one device, before its weight.
-        noise_codes: Standard deviation of the noise of one device, in codes; its sum is allowed 8 deviations.
+        noise_codes: As in ``largest_sum``.
 
     Raises:
         ValueError: More than 32 bits.
     """
-    largest = devices * weight_cap * largest_code + math.ceil(_NOISE_MARGIN * math.sqrt(devices) * noise_codes)
+    largest = largest_sum(devices * weight_cap, devices, largest_code, noise_codes)
     bits = max(MIN_BITS, (2 * largest).bit_length())
     if bits > MAX_BITS:
-        raise ValueError(f"{devices} devices of weight {weight_cap} and codes of {largest_code} need {bits} bits, not 32")
+        raise ValueError(
+            f"{devices} devices of weight {weight_cap} and codes of {largest_code} need {bits} bits, not 32"
+        )
     return bits
+
+
+def largest_sum(weight: int, devices: int, largest_code: int, noise_codes: float = 0.0) -> int:
+    """Magnitude that no sum of honest devices exceeds.
+
+    Args:
+        weight: Sum of their weights.
+        devices: Their number.
+        largest_code: Of one device, before its weight.
+        noise_codes: Standard deviation of the noise of one device, in codes; of its sum 8 deviations are allowed.
+    """
+    return weight * largest_code + math.ceil(_NOISE_MARGIN * math.sqrt(devices) * noise_codes)
 
 
 def field_dtype(bits: int) -> type[np.uint16] | type[np.uint32]:
@@ -175,4 +190,5 @@ def integer_noise(std: float, count: int, random_bytes: RandomBytes) -> NDArray[
     encryptor = Cipher(AES(random_bytes(KEY_BYTES)), CTR(bytes(16))).encryptor()
     raw = np.frombuffer(encryptor.update(bytes(8 * count)), "<u8")
     uniform = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 * cumulative[-1]
-    return np.searchsorted(cumulative, uniform, side="right").astype(np.int64) - reach
+    drawn: NDArray[np.int64] = np.searchsorted(cumulative, uniform, side="right").astype(np.int64)
+    return drawn - reach

@@ -31,6 +31,7 @@ MAX_KEY_BYTES = 16 << 10
 
 # Signed in front of the payload, so that a signature made here means nothing to another protocol.
 _DOMAIN = b"sevenfold package manifest v1\x00"
+_ROSTER_DOMAIN = b"sevenfold device roster v1\x00"
 _SIGNATURE = re.compile(rb"sevenfold-ed25519 ([0-9a-f]{64}) ([0-9a-f]{128})\n")
 
 
@@ -126,8 +127,12 @@ def public_pem(key: Ed25519PublicKey) -> bytes:
 
 def sign(payload: bytes, key: Ed25519PrivateKey) -> bytes:
     """The content of the signature file for ``payload``."""
-    signature = key.sign(_DOMAIN + payload).hex()
-    return f"sevenfold-ed25519 {fingerprint(key.public_key())} {signature}\n".encode("ascii")
+    return _sign(_DOMAIN, payload, key)
+
+
+def sign_roster(payload: bytes, key: Ed25519PrivateKey) -> bytes:
+    """The signature line of a list of enrolled devices; no package's signature can stand for it."""
+    return _sign(_ROSTER_DOMAIN, payload, key)
 
 
 def verify(payload: bytes, signature_file: bytes, trusted: TrustStore, source: str) -> str:
@@ -143,9 +148,27 @@ def verify(payload: bytes, signature_file: bytes, trusted: TrustStore, source: s
         SignatureError: The signature file is malformed, its signer is not trusted here, or the signature does
             not belong to ``payload``.
     """
+    return _verify(_DOMAIN, payload, signature_file, trusted, source, "the package")
+
+
+def verify_roster(payload: bytes, signature_line: bytes, trusted: TrustStore, source: str) -> str:
+    """``verify`` for what ``sign_roster`` signed.
+
+    Raises:
+        SignatureError: As ``verify``.
+    """
+    return _verify(_ROSTER_DOMAIN, payload, signature_line, trusted, source, "the list")
+
+
+def _sign(domain: bytes, payload: bytes, key: Ed25519PrivateKey) -> bytes:
+    signature = key.sign(domain + payload).hex()
+    return f"sevenfold-ed25519 {fingerprint(key.public_key())} {signature}\n".encode("ascii")
+
+
+def _verify(domain: bytes, payload: bytes, signature_file: bytes, trusted: TrustStore, source: str, what: str) -> str:
     match = _SIGNATURE.fullmatch(signature_file)
     if match is None:
-        raise SignatureError(f"{source}: the signature file is damaged; get the package again")
+        raise SignatureError(f"{source}: the signature file is damaged; get {what} again")
     signer, signature = match[1].decode("ascii"), bytes.fromhex(match[2].decode("ascii"))
     key = trusted.keys.get(signer)
     if key is None:
@@ -154,9 +177,9 @@ def verify(payload: bytes, signature_file: bytes, trusted: TrustStore, source: s
             f"if you know its owner, get the public key from them and add --trust FILE"
         )
     try:
-        key.verify(signature, _DOMAIN + payload)
+        key.verify(signature, domain + payload)
     except InvalidSignature as error:
-        raise SignatureError(f"{source}: changed after it was signed by {signer}; get the package again") from error
+        raise SignatureError(f"{source}: changed after it was signed by {signer}; get {what} again") from error
     return signer
 
 
