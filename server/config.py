@@ -219,6 +219,17 @@ def load_federation(name_or_path: str, overrides: Sequence[str] = (), *, conf_di
     return _validated(values, base, faults)
 
 
+def with_overrides(config: FederationConfig, overrides: Sequence[str]) -> FederationConfig:
+    """The same with ``key=value`` changes.
+
+    Raises:
+        ConfigError: As ``load_federation``.
+    """
+    base = config.model_dump(mode="json")
+    values = copy.deepcopy(base)
+    return _validated(values, base, [fault for override in overrides for fault in _apply(values, override)])
+
+
 def config_from_json(path: Path) -> FederationConfig:
     """The configuration that a run was started with, as ``run`` wrote it.
 

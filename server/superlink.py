@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,17 @@ class SuperLink:
     Attributes:
         address: ``host:port`` for devices on this machine.
         pid: Of its process, which leads a process group.
+        process: The same, where this process started it.
     """
 
     address: str
     pid: int
+    process: subprocess.Popen[bytes] | None = field(default=None, compare=False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone."""
+        return not is_running(self.pid) if self.process is None else self.process.poll() is not None
 
 
 @contextlib.contextmanager
@@ -100,7 +107,7 @@ def running_superlink(home: Home, port: int | None = None, *, ready_s: float = R
             write_atomically(home.link_file, json.dumps({"pid": process.pid, "port": chosen}).encode("ascii"))
             _write_connection(home, chosen)
             _wait_until_ready(home, chosen, process, ready_s)
-            yield SuperLink(f"{HOST}:{chosen}", process.pid)
+            yield SuperLink(f"{HOST}:{chosen}", process.pid, process)
         finally:
             _end(home, process)
 
@@ -113,7 +120,7 @@ def find_superlink(home: Home) -> SuperLink:
     """
     noted = _noted(home)
     link = SuperLink(f"{HOST}:{noted.get('port', 0)}", noted.get("pid", 0))
-    if not link.pid or not is_running(link.pid) or not _answers(home, noted["port"]):
+    if not link.pid or link.ended or not _answers(home, noted["port"]):
         raise UserError("--home", str(home.root), "a home whose SuperLink is up", "start it: python -m server up")
     return link
 
