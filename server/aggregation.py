@@ -132,27 +132,33 @@ class Accumulator:
 
 
 def group_median(groups: Sequence[Accumulator]) -> Mean:
-    """Median of means: the coordinate-wise median of the groups' means, every group counting the same.
-
-    Withstands liars as long as fewer than half of the groups hold one; with more, as with large groups and many
-    liars, it is no better than a mean. A segment to which no majority of the groups contributed has no such
-    guarantee, and stays as it is: weight 0. Source: Yin et al. 2018, arXiv:1803.01498, over groups.
-
-    Args:
-        groups: One accumulator a group, all of one adapter and phase; at least one.
+    """Median of means over accumulators, one a group: see ``median_of_means``.
 
     Raises:
         ValueError: No groups, or of different adapters or phases.
     """
     if not groups or any(one.groups != groups[0].groups or one.layout != groups[0].layout for one in groups):
         raise ValueError("one accumulator a group, all of one adapter and phase")
-    means = [one.mean() for one in groups]
     sizes = groups[0].layout.segment_sizes(groups[0].groups, groups[0].layout.max_rank)
+    return median_of_means([one.mean() for one in groups], sizes)
+
+
+def median_of_means(means: Sequence[Mean], sizes: Sequence[int]) -> Mean:
+    """The coordinate-wise median of the groups' means, every group counting the same.
+
+    Withstands liars as long as fewer than half of the groups hold one; with more, as with large groups and many
+    liars, it is no better than a mean. A segment to which no majority of the groups contributed has no such
+    guarantee, and stays as it is: weight 0. Source: Yin et al. 2018, arXiv:1803.01498, over groups.
+
+    Args:
+        means: One a group, of one adapter and phase; at least one.
+        sizes: Values of each segment.
+    """
     vector = np.zeros(sum(sizes), np.float64)
     weights, contributors = [0] * len(sizes), [0] * len(sizes)
     for index, (start, stop) in enumerate(_spans(sizes)):
         present = [one for one in means if one.weights[index]]
-        if 2 * len(present) <= len(groups):
+        if 2 * len(present) <= len(means):
             continue
         weights[index] = sum(one.weights[index] for one in present)
         contributors[index] = sum(one.contributors[index] for one in present)

@@ -123,11 +123,7 @@ def collect_plain(federation: Federation, cohort: Sequence[Device], work: Work) 
 
 
 def plan_for(federation: Federation, device: Device, work: Work) -> Envelope:
-    """One device's plan, with its share of distributed noise."""
-    privacy, noise_std = federation.config.privacy, 0.0
-    if privacy.noise == "distributed":
-        # Each of at least `quorum` devices brings its share: variances add up to (multiplier x clip)^2.
-        noise_std = privacy.noise_multiplier * privacy.clip_norm / sqrt(federation.config.cohort.quorum)
+    """One device's plan."""
     return make_plan(
         federation.config,
         federation.state,
@@ -136,8 +132,18 @@ def plan_for(federation: Federation, device: Device, work: Work) -> Envelope:
         work.phase,
         work.deadline_s,
         attempt=work.attempt,
-        noise_std=noise_std,
     )
+
+
+def noise_share(federation: Federation) -> float:
+    """Standard deviation of the noise that each device adds, when noise is distributed.
+
+    At least ``quorum`` shares are in a sum: their variances add up to (multiplier x clip) squared.
+    """
+    privacy = federation.config.privacy
+    if privacy.noise != "distributed":
+        return 0.0
+    return privacy.noise_multiplier * privacy.clip_norm / sqrt(federation.config.cohort.quorum)
 
 
 def needs_factors(device: Device, envelope: Envelope) -> bool:

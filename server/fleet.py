@@ -194,14 +194,16 @@ class DriftingDevice:
         core = factors.get(f"{module}.core")
         product = (lora_b if core is None else lora_b @ core) @ lora_a
         error = np.float32(self.layout.scale) * product - self._target(module)
-        return np.asarray(error, np.float32)
+        as_float32: NDArray[np.float32] = np.asarray(error, np.float32)
+        return as_float32
 
     def _target(self, module: str) -> NDArray[np.float32]:
         where = [entry.name for entry in self.layout.modules].index(module)
         common = np.random.default_rng([self.seed, where]).standard_normal((2, FEATURES, 4))
         own = np.random.default_rng([self.seed, where, self.index + 1]).standard_normal((2, FEATURES, 4))
         product = common[0] @ common[1].T + self.drift * (own[0] @ own[1].T)
-        return (product / FEATURES).astype(np.float32)
+        target: NDArray[np.float32] = (product / FEATURES).astype(np.float32)
+        return target
 
 
 def _on_records(responder: Responder) -> Callable[[Any], Any]:

@@ -7,6 +7,7 @@ the same ids, which devices that had already trained answer with the same bytes.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from server.committing import commit_round, evaluate
 from server.federation import Federation, new_optimizer, write_candidate, write_devices
 from server.gates import Refusal
 from server.greeting import Greeter
+from server.masked import collect_masked
 from server.plan import choose_phase
 from server.selection import Device, choose_deadline_s, select_cohort
 
@@ -69,8 +71,18 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
         if len(cohort) >= config.cohort.quorum:
             phase, reason, apart = choose_phase(config, number, federation.drift)
             change_basis(federation, phase)
-            work = Work(number, attempt, phase, choose_deadline_s(config, cohort), federation.state.versions)
-            collected = collect_plain(federation, cohort, work)
+            work = Work(
+                number,
+                _attempt(federation, number, attempt),
+                phase,
+                choose_deadline_s(config, cohort),
+                federation.state.versions,
+            )
+            collected = (
+                collect_masked(federation, cohort, work, os.urandom)
+                if config.secure.enabled
+                else collect_plain(federation, cohort, work)
+            )
             if len(collected.folded) >= config.cohort.quorum:
                 commit_round(federation, collected, len(cohort), work, reason, apart)
                 return
@@ -92,6 +104,16 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
     raise FederationError(
         f"round {number}: no quorum in {MOST_ATTEMPTS} attempts ({why}); `resume` when devices are back"
     )
+
+
+def _attempt(federation: Federation, number: int, attempt: int) -> int:
+    """A masked attempt is never repeated, not even by a resumed server: it is noted before it starts."""
+    if not federation.config.secure.enabled:
+        return attempt
+    before = [record for record in federation.ledger.records() if record.get("event") == "attempt"]
+    attempt = sum(record.get("round") == number for record in before)
+    federation.ledger.append({"event": "attempt", "time": federation.clock(), "round": number, "attempt": attempt})
+    return attempt
 
 
 def change_basis(federation: Federation, phase: Phase) -> None:
