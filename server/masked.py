@@ -97,10 +97,13 @@ def _sum_group(
 ) -> SecureSum | Abandoned:
     config = federation.config
     by_node = {device.node: device for device in group}
-    noise_std = noise_share(federation)
+    noise_std, planned = noise_share(federation), set[int]()
 
     def plan(member: Member, mask: MaskPlan) -> Envelope:
         device = by_node[member.node]
+        if member.node in planned:  # it lacks factors that it was believed to hold
+            device.held = {}
+        planned.add(member.node)
         return make_plan(
             config,
             federation.state,
