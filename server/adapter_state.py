@@ -22,7 +22,7 @@ class AdapterState:
     Attributes:
         snapshots: What is broadcast, by group (``a``, ``b``, and ``core`` while it is trained).
         values: What the snapshots decode to, (n,) float32 at rank r_max: the state that devices hold.
-        residuals: What encoding kept back, (n,) float64; it enters the next change of the group.
+        residuals: What encoding kept back, (n,) float32; it enters the next change of the group.
         newest: The largest version so far.
     """
 
@@ -31,7 +31,7 @@ class AdapterState:
     codec: Codec
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    residuals: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    residuals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     newest: int = 0
 
     @property
@@ -41,7 +41,7 @@ class AdapterState:
 
     def apply(self, group: str, change: NDArray[np.float64]) -> None:
         """Add a change (n,), and what earlier rounding kept back, to a group."""
-        self._put(group, self.values[group] + self.residuals[group] + change)
+        self._put(group, self.values[group] + (self.residuals[group] + change))
 
     def factors(self) -> Factors:
         """The factors as devices hold them."""
@@ -81,7 +81,7 @@ class AdapterState:
         self.snapshots[group], self.values[group] = take_snapshot(
             self.layout, group, self.newest, wanted, self.codec, self.seed
         )
-        self.residuals[group] = wanted - self.values[group]
+        self.residuals[group] = (wanted - self.values[group]).astype(np.float32)
 
 
 def start_state(layout: AdapterLayout, seed: int, codec: Codec) -> AdapterState:
@@ -90,7 +90,7 @@ def start_state(layout: AdapterLayout, seed: int, codec: Codec) -> AdapterState:
     for group in ("a", "b"):
         state.snapshots[group] = Snapshot(group, 0, codec, b"")
         state.values[group] = initial_vector(layout, group, layout.max_rank, seed)
-        state.residuals[group] = np.zeros(state.values[group].size)
+        state.residuals[group] = np.zeros(state.values[group].size, np.float32)
     return state
 
 
@@ -106,5 +106,5 @@ def restore_state(
         if version:
             sizes = layout.segment_sizes((group,), layout.max_rank)
             state.values[group] = state.values[group] + decode(raw, sizes, Codec(codec))
-        state.residuals[group] = np.asarray(arrays[f"residual.{group}"], np.float64)
+        state.residuals[group] = np.asarray(arrays[f"residual.{group}"], np.float32)
     return state
