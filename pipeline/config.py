@@ -144,6 +144,9 @@ class ExportConfig(_Strict):
     accuracy_level: Literal[0, 4]
     lora_targets: list[Projection]
     lora_rank: Annotated[int, Field(ge=1, le=256)]
+    train_buckets: Annotated[list[Annotated[int, Field(ge=8, le=8192)]], Field(max_length=8)]
+    train_batch: Annotated[int, Field(ge=1, le=256)]
+    torch_base: bool
     parity_positions: Annotated[int, Field(ge=8)]
     legacy_python: Path
     licence: str
@@ -156,6 +159,12 @@ class ExportConfig(_Strict):
             raise ValueError("containers must not repeat")
         if self.prefill_tokens >= self.context_tokens:
             raise ValueError("prefill_tokens must be below context_tokens")
+        if self.train_buckets != sorted(set(self.train_buckets)) or max(self.train_buckets, default=0) > (
+            self.context_tokens
+        ):
+            raise ValueError("train_buckets must grow and stay within context_tokens")
+        if self.train_buckets and not self.lora_targets:
+            raise ValueError("train_buckets need lora_targets; choose some, or train_buckets=[]")
         return self
 
 

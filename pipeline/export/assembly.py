@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from edge_runtime.formats.decoder import DecoderSpec
+from edge_runtime.formats.decoder import PROJECTIONS, DecoderSpec
 from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
@@ -42,9 +42,18 @@ def require_legacy_python(config: Config) -> None:
         )
 
 
-def adapter_slots(config: Config, container: str) -> AdapterSlots:
-    """What a container takes: any rank in ONNX, up to a fixed one in TFLite."""
+def training_containers(config: Config) -> list[str]:
+    """Containers that only trainers open: LiteRT's graphs (ONNX's lie beside the decoder), and codes for torch."""
     export = config.export
+    graphs = ["tflite_train"] if export.train_buckets and "tflite" in export.containers else []
+    return graphs + (["torch"] if export.torch_base else [])
+
+
+def adapter_slots(config: Config, container: str) -> AdapterSlots:
+    """What a container takes: any rank in ONNX, up to a fixed one in TFLite, anything in torch."""
+    export = config.export
+    if container == "torch":
+        return AdapterSlots(PROJECTIONS)
     if not export.lora_targets:
         return AdapterSlots()
     return AdapterSlots(tuple(export.lora_targets), None if container == "onnx" else export.lora_rank)
@@ -64,7 +73,9 @@ def seal(
         decoder=DecoderSpec.from_dict(exported["decoder"]),
         bos=exported["bos"],
         eos=exported["eos"],
-        containers={name: adapter_slots(config, name) for name in config.export.containers},
+        containers={
+            name: adapter_slots(config, name) for name in [*config.export.containers, *training_containers(config)]
+        },
         licence=config.export.licence,
         key=signing_key(),
         metrics=metrics,

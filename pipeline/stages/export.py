@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.int4 import load_weights
+from edge_runtime.formats.decoder import DecoderSpec
+from edge_runtime.formats.int4 import Weights, load_weights
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
 from pipeline.artifacts import StageRun, write_json
-from pipeline.export.assembly import EXPORT_FILE, LEGACY_FILE, WEIGHTS_FILE, legacy_python, require_legacy_python, seal
+from pipeline.export.assembly import (
+    EXPORT_FILE,
+    LEGACY_FILE,
+    WEIGHTS_FILE,
+    legacy_python,
+    require_legacy_python,
+    seal,
+    training_containers,
+)
 from pipeline.export.checkpoint import load_student
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.parity import (
@@ -27,6 +36,7 @@ from pipeline.export.parity import (
 from pipeline.progress import progress
 
 _EXACT_CHECK_BYTES = 500_000_000
+_TRAINING_FILES = ("onnx/train_*", "onnx/loss_*", "tflite_train/*", "torch/*")
 _GOLDEN_TOKENS, _GOLDEN_TOP = 16, 8
 
 
@@ -42,6 +52,7 @@ def run(run: StageRun) -> None:
             metrics[container] = _write_container(run, container, weights_dir / sources[container])
             report(done, container)
     tokens = _parity_tokens(run)
+    metrics["training"] = _write_training(run, weights_dir / WEIGHTS_FILE, tokens)
     for container in config.export.containers:
         expected = _dequantized_logits(run, weights_dir / sources[container], tokens)
         found = _shipped_logits(run, container, tokens)
@@ -81,7 +92,7 @@ def _write_container(run: StageRun, container: str, source: Path) -> dict[str, i
         from pipeline.export.onnx_reader import read_onnx_weights
         from pipeline.export.onnx_reader import weight_bytes as onnx_weight_bytes
 
-        write_onnx(folder, spec, weights, lora=lora, accuracy_level=export.accuracy_level)
+        places = write_onnx(folder, spec, weights, lora=lora, accuracy_level=export.accuracy_level)
         require_same_weights(container, weights, read_onnx_weights(folder / MODEL_FILE))
         stored = onnx_weight_bytes(folder / MODEL_FILE)
     else:
@@ -94,7 +105,59 @@ def _write_container(run: StageRun, container: str, source: Path) -> dict[str, i
         require_same_weights(container, weights, read_tflite_weights(path))
         stored = weight_bytes(path)
     files = sum(path.stat().st_size for path in folder.iterdir())
+    if container == "onnx" and lora is not None:
+        from pipeline.export.train_step_onnx import write_onnx_train_steps
+
+        # Counted apart: only a device that trains reads them.
+        write_onnx_train_steps(
+            folder, spec, places, lora, buckets=export.train_buckets, batch_sequences=export.train_batch
+        )
     return {"file_bytes": files, "weight_bytes": stored}
+
+
+def _write_training(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> dict[str, float]:
+    """What trains adapters on a device beside ONNX's graphs: LiteRT's, and codes for torch. Then compare gradients."""
+    export = run.config.export
+    spec, weights = load_weights(source)
+    lora = LoraSlots(tuple(export.lora_targets), export.lora_rank)
+    for container in training_containers(run.config):
+        (run.output / container).mkdir()
+        if container == "torch":
+            shutil.copyfile(source, run.output / container / WEIGHTS_FILE)
+        else:
+            from pipeline.export.tflite_reader import read_tflite_weights
+            from pipeline.export.train_step_tflite import STEP_FILE, write_tflite_train_steps
+
+            path = run.output / container / STEP_FILE
+            write_tflite_train_steps(
+                path, spec, weights, lora, buckets=export.train_buckets, batch_sequences=export.train_batch
+            )
+            require_same_weights(container, weights, read_tflite_weights(path))
+    files = [path for pattern in _TRAINING_FILES for path in run.output.glob(pattern)]
+    metrics: dict[str, float] = {"file_bytes": sum(path.stat().st_size for path in files)}
+    return metrics | _train_step_errors(run, spec, weights, lora, tokens)
+
+
+def _train_step_errors(
+    run: StageRun, spec: DecoderSpec, weights: Weights, lora: LoraSlots, tokens: NDArray[np.int32]
+) -> dict[str, float]:
+    """How far gradients of the shortest graph are from torch's, by container; refuse those that are too far."""
+    from pipeline.export.train_step_parity import draw_probe, onnx_step, require_same_step, tflite_step, torch_step
+
+    shortest, threads = min(run.config.export.train_buckets, default=0), run.config.runtime.threads
+    steps = {
+        "onnx": (onnx_step, run.output / "onnx" / f"train_{shortest}.onnx"),
+        "tflite_train": (tflite_step, run.output / "tflite_train" / "train.tflite"),
+    }
+    here = {name: step for name, step in steps.items() if step[1].exists()}
+    if not here:
+        return {}
+    probe = draw_probe(spec, lora, np.resize(tokens, (1, shortest)))
+    expected = torch_step(load_dequantized(load_student(run.layout.student(run.submodel)), weights), probe)
+    return {
+        f"{name}_relative_error": round(require_same_step(name, expected, step(path, probe, threads=threads)), 9)
+        for name, (step, path) in here.items()
+    }
 
 
 def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
