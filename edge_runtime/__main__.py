@@ -1,4 +1,4 @@
-"""``python -m edge_runtime``: probe a device, generate, chat, measure, bind an adapter.
+"""``python -m edge_runtime``: probe a device, generate, chat, measure, bind an adapter, take part in a federation.
 
 Text and results go to stdout, everything else to stderr. Exit codes: 0 done, 2 something the user can correct
 (one line says what), 130 interrupted, 141 the reader of stdout went away.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from edge_runtime.config import DEFAULTS
+from edge_runtime.federated.command import add_client
 from edge_runtime.formats.errors import SevenfoldError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_bench(commands)
     _add_bind(commands)
+    add_client(commands)
     return parser
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.formats.errors import BackendError, UserError
 from edge_runtime.probe import peak_rss_bytes
+from edge_runtime.scheduler.lease import inference_lease
 from edge_runtime.session import Opening, Session, open_session
-from edge_runtime.terminal import report
+from edge_runtime.terminal import note, report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,11 +66,12 @@ def run_bench(opening: Opening, plan: BenchPlan, *, as_json: bool) -> None:
             "verify_s": session.verify_s,
             "load_s": session.load_s,
         }
-        if plan.repeat > 0:
-            result |= _measure_speed(session, plan)
-        result["peak_rss_bytes"] = peak_rss_bytes()
-        if plan.score is not None:
-            result |= score_tokens(session.backend, load_tokens(plan.score), plan.logits_out)
+        with inference_lease(warn=note):
+            if plan.repeat > 0:
+                result |= _measure_speed(session, plan)
+            result["peak_rss_bytes"] = peak_rss_bytes()
+            if plan.score is not None:
+                result |= score_tokens(session.backend, load_tokens(plan.score), plan.logits_out)
     if as_json:
         print(json.dumps(result), flush=True)
     else:

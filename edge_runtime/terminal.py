@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.formats.errors import PackageError
 from edge_runtime.probe import peak_rss_bytes
 from edge_runtime.request import FinishReason, SamplingParams, Token
+from edge_runtime.scheduler.lease import inference_lease
 from edge_runtime.session import Opening, Session, open_session
 
 if TYPE_CHECKING:
@@ -83,7 +84,31 @@ def encode_chat(package: Package, tokenizer: Tokenizer, messages: Sequence[Messa
 
 
 def consume(steps: Iterator[Token], *, show: bool) -> Generation:
-    """Run a generation to its end; with ``show``, print its text as it becomes certain, and a final newline."""
+    """Run a generation to its end; with ``show``, print its text as it becomes certain, and a final newline.
+
+    Training on this device waits as long; ``steps`` has not begun yet, so the lease covers the prefill too.
+    """
+    with inference_lease(warn=note):
+        return _consume(steps, show=show)
+
+
+def report(session: Session) -> None:
+    """Say on stderr what was opened."""
+    manifest = session.package.manifest
+    if session.note is not None:
+        note(session.note)
+    note(
+        f"{manifest.name} {manifest.version} through {session.container} ({session.threads} threads), "
+        f"verified in {session.verify_s:.2f} s, loaded in {session.load_s:.2f} s"
+    )
+
+
+def note(line: str) -> None:
+    """One line for the person, not for the pipe."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _consume(steps: Iterator[Token], *, show: bool) -> Generation:
     pieces: list[str] = []
     tokens: list[int] = []
     reason: FinishReason | None = None
@@ -103,22 +128,6 @@ def consume(steps: Iterator[Token], *, show: bool) -> Generation:
         raise RuntimeError("a generation ended without a reason")
     speed = (len(tokens) - 1) / (ended_s - first_s) if len(tokens) > 1 else None
     return Generation("".join(pieces), tuple(tokens), reason, first_s - started_s, speed)
-
-
-def report(session: Session) -> None:
-    """Say on stderr what was opened."""
-    manifest = session.package.manifest
-    if session.note is not None:
-        note(session.note)
-    note(
-        f"{manifest.name} {manifest.version} through {session.container} ({session.threads} threads), "
-        f"verified in {session.verify_s:.2f} s, loaded in {session.load_s:.2f} s"
-    )
-
-
-def note(line: str) -> None:
-    """One line for the person, not for the pipe."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _as_dict(done: Generation, session: Session, prompt_tokens: int) -> dict[str, object]:

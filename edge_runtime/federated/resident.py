@@ -19,7 +19,7 @@ from edge_runtime.federated.local_steps import Conditions, Trained, score_locall
 from edge_runtime.federated.secure import KINDS as MASKING_KINDS
 from edge_runtime.federated.secure import SecureSessions
 from edge_runtime.federated.state import DeviceState
-from edge_runtime.federated.trainer import TRAINERS, Trainer
+from edge_runtime.federated.trainer import Trainer
 from edge_runtime.federated.updates import Work, answer, commit_residuals, labels, work_digest
 from edge_runtime.formats.broadcast import to_factors, unpack_parts
 from edge_runtime.formats.envelope import Envelope, check_payload, seal, sha256, unseal
@@ -136,7 +136,7 @@ class Resident:
 
     def _misfit(self, layout: AdapterLayout) -> str:
         """Why the package cannot take such an adapter; empty when it can."""
-        spec, (targets, _) = self.manifest.decoder, self._slots()
+        spec, targets = self.manifest.decoder, self.trainer.targets
         shapes = {module: (name, *spec.projection_shape(name)) for module, name in spec.module_names()}
         for module in layout.modules:
             projection, rows, columns = shapes.get(module.name, ("", 0, 0))
@@ -149,17 +149,8 @@ class Resident:
             return f"rank {layout.ranks[0]} at least; this device trains up to {self._most_rank()}"
         return ""
 
-    def _slots(self) -> tuple[tuple[str, ...], int | None]:
-        """(projections, largest rank) that the trainer's files take adapters for."""
-        container = (
-            self.manifest.containers.get(TRAINERS[self.trainer.name][2]) if self.trainer.name in TRAINERS else None
-        )
-        if container is None or not container.adapters.targets:  # weights, not a graph: any projection, any rank
-            return tuple(dict.fromkeys(name for _, name in self.manifest.decoder.module_names())), None
-        return container.adapters.targets, container.adapters.max_rank
-
     def _most_rank(self) -> int:
-        limits = [limit for limit in (self._slots()[1], self.around.most_rank) if limit is not None]
+        limits = [limit for limit in (self.trainer.max_rank, self.around.most_rank) if limit is not None]
         return min(limits, default=1024)
 
     def _largest_rank(self, layout: AdapterLayout) -> int:
