@@ -77,6 +77,9 @@ def _add_serving(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
     up.add_argument(
         "--name", action="append", default=[], metavar="HOST", help="a name or address of this server (repeatable)"
     )
+    up.add_argument(
+        "--listen", type=_address, metavar="HOST:PORT", help="let in devices of other machines, at this address of ours"
+    )
     page = _command(commands, "page", _page, "the fleet page alone")
     page.add_argument("--port", type=_port, default=PAGE_PORT, metavar="N", help="default: %(default)s")
     status = _command(commands, "status", _status, "what is up, who is enrolled, where federations stand")
@@ -119,10 +122,17 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: HOST:PORT, for example 192.168.1.10:9444")
+    return host.strip("[]"), _port(port)
+
+
 def _up(options: argparse.Namespace) -> int:
     from server.operation import up
 
-    return up(_home(options, create=True), options.port, options.page_port, options.name)
+    return up(_home(options, create=True), options.port, options.page_port, options.name, options.listen)
 
 
 def _page(options: argparse.Namespace) -> int:

@@ -39,8 +39,15 @@ MOST_RESTARTS = 5
 CALM_S = 600.0
 
 
-def up(home: Home, port: int | None, page_port: int, hosts: Sequence[str]) -> int:
+def up(home: Home, port: int | None, page_port: int, hosts: Sequence[str], listen: tuple[str, int] | None) -> int:
     """Serve until interrupted: SuperLink, fleet page and metrics; a SuperLink that dies is started again.
+
+    Args:
+        home: Made if needed.
+        port: Of the SuperLink; None: the last one, else a free one.
+        page_port: Of the fleet page.
+        hosts: Names by which devices reach this server, for its certificate.
+        listen: Address and port at which devices of other machines are let in.
 
     Raises:
         UserError: A port is taken, or another ``up`` serves this home.
@@ -49,12 +56,13 @@ def up(home: Home, port: int | None, page_port: int, hosts: Sequence[str]) -> in
     from server.certificates import ensure_certificates
     from server.page import serve_in_background
 
-    ensure_certificates(home, hosts, datetime.now(UTC))
+    named = [listen[0]] if listen and listen[0] not in ("0.0.0.0", "::") else []
+    ensure_certificates(home, [*hosts, *named], datetime.now(UTC))
     deaths: list[float] = []
     with _terminable(), serve_in_background(home, page_port) as page:
         while True:
-            with running_superlink(home, port) as link:
-                _announce(home, link, page, again=bool(deaths))
+            with running_superlink(home, port) as link, _gateway(home, link, listen) as door:
+                _announce(home, link, door, page, again=bool(deaths))
                 while not link.ended:
                     time.sleep(0.2)
                 port = int(link.address.rpartition(":")[2])
@@ -174,9 +182,24 @@ def node_commands(home: Home) -> registry.NodeCommands:
     )
 
 
-def _announce(home: Home, link: SuperLink, page: str, *, again: bool) -> None:
+@contextlib.contextmanager
+def _gateway(home: Home, link: SuperLink, listen: tuple[str, int] | None) -> Iterator[str | None]:
+    if listen is None:
+        yield None
+        return
+    from server.gateway import serve_gateway
+
+    with serve_gateway(home, link, *listen) as address:
+        yield address
+
+
+def _announce(home: Home, link: SuperLink, door: str | None, page: str, *, again: bool) -> None:
     _apply(home)
     print(f"SuperLink   {link.address} (TLS, enrolled devices only)")
+    if door is not None:
+        print(f"devices     enter at {door} (TLS, enrolled devices only)")
+    elif not again:
+        print("            for devices of this machine; --listen HOST:PORT lets in others")
     if not again:
         print(f"CA          {home.ca_certificate} (give it to each device)")
         print(f"fleet page  {page} (metrics at {page}metrics)")
