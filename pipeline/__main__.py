@@ -28,13 +28,15 @@ usage: python -m pipeline [KEY=VALUE ...]
                                                 your checkpoint (Llama, Qwen2, Qwen3, Mistral), your text
   python -m pipeline experiment=qwen2_5_7b      a 7B from the hub; also experiment=llama_7b
   python -m pipeline stage=export submodel=tiny one stage, in place
+  python -m pipeline stage=gate candidate=DIR   a federation's adapter: champion if it beats the one there is
 
 stages       clean teacher targets distill quantize export evaluate package report register
              ship = quantize + export + evaluate + package of one submodel in one process
+             gate is no step of a run: candidate=DIR [package=DIR] [gate.text=FILE] [gate.margin=NATS]
 groups       data teacher submodel distill quantize export gate track runtime experiment (files in conf/)
 settings     any key of conf/, for example distill.steps=400 quantize.rounding=rtn 'export.containers=[onnx]'
 output       artifacts/packages/<submodel>/  reports/family.json  reports/index.html  (runs/<digest>/... with overrides)
-exit codes   0 done, 2 something you can correct (one line each on stderr), 3 a gate refused a submodel
+exit codes   0 done, 2 something you can correct (one line each on stderr), 3 a gate refused a submodel or an adapter
 """
 
 
@@ -65,13 +67,15 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     from pipeline.artifacts import Layout
     from pipeline.config import config_digest, load_configs
-    from pipeline.flow import STAGES, execute, planned
+    from pipeline.flow import GATE, STAGES, execute, planned
     from pipeline.plan import print_plan, require_resources, require_sources
     from pipeline.summary import print_summary
 
     configs = load_configs(arguments)
     first = next(iter(configs.values()))
     given = dict(argument.split("=", 1) for argument in arguments)
+    if first.stage == GATE:
+        return _gate(first, given)
     in_place = set(given) <= {"dry_run"} or ("stage" in given and set(given) <= {"stage", "submodel", "dry_run"})
     layout = Layout(PROJECT if in_place else PROJECT / "runs" / config_digest(configs))
     chosen = [
@@ -96,6 +100,18 @@ def _run(arguments: list[str]) -> int:
         execute(STAGES[stage.name], config, layout)
     if first.stage is None:
         print_summary(layout)
+    return 0
+
+
+def _gate(config: Config, given: dict[str, str]) -> int:
+    """Judge a candidate; its results belong to the project whatever the overrides."""
+    from edge_runtime.formats.errors import UserError
+    from pipeline.artifacts import Layout
+    from pipeline.stages.gate import run
+
+    if "submodel" in given:
+        raise UserError("submodel", given["submodel"], "none with stage=gate, the package names it", "leave it out")
+    run(config, Layout(PROJECT))
     return 0
 
 

@@ -62,6 +62,10 @@ class Layout:
         """The signed package."""
         return self.root / "artifacts" / "packages" / submodel
 
+    def adapters(self, submodel: str) -> Path:
+        """Adapters that were champion of one submodel; ``champion`` links to the present one."""
+        return self.root / "artifacts" / "adapters" / submodel
+
     @property
     def reports(self) -> Path:
         """family.json, index.html, cards/, metrics/."""

@@ -169,7 +169,7 @@ class ExportConfig(_Strict):
 
 
 class GateConfig(_Strict):
-    """Bounds that a submodel must keep to be registered."""
+    """Bounds that a submodel must keep to be registered, and how ``stage=gate`` judges a federation's adapter."""
 
     containers: list[Container]
     perplexity_ratio_max: Annotated[float, Field(gt=1)]
@@ -177,6 +177,13 @@ class GateConfig(_Strict):
     onnx_weight_ratio_max: Ratio
     tflite_weight_ratio_max: Ratio
     beats_from_scratch: bool
+    margin: Annotated[float, Field(ge=0, lt=100)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    resamples: Annotated[int, Field(ge=100, le=100_000)]
+    sequences: Annotated[int, Field(ge=8, le=100_000)]
+    text: Path | None = None
+    agreement_rms_max: Ratio
+    agreement_top1_min: Annotated[float, Field(ge=0, le=1)]
 
 
 class TrackConfig(_Strict):
@@ -201,6 +208,8 @@ class Config(_Strict):
 
     stage: str | None = None
     dry_run: bool = False
+    candidate: Path | None = None
+    package: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     threads: Annotated[int, Field(ge=1, le=256)]
     family: Annotated[list[Name], Field(min_length=1)]
@@ -222,7 +231,19 @@ class Config(_Strict):
             raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
         if self.runtime.max_tokens >= self.export.context_tokens:
             raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        self._check_candidate()
         return self
+
+    def _check_candidate(self) -> None:
+        if self.stage == "gate":
+            if self.candidate is None:
+                raise ValueError("candidate: is missing; add candidate=DIR")
+            if self.dry_run:
+                raise ValueError("dry_run: stage=gate has no plan to print; leave it out")
+            return
+        for name, value in (("candidate", self.candidate), ("package", self.package)):
+            if value is not None:
+                raise ValueError(f"{name}: only stage=gate takes one, the stage is {self.stage or 'not given'}")
 
 
 def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
@@ -255,8 +276,9 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
 
 
 def config_digest(configs: dict[str, Config]) -> str:
-    """Twelve hex digits that name this configuration; stage and dry_run do not count."""
-    values = {name: config.model_dump(mode="json", exclude={"stage", "dry_run"}) for name, config in configs.items()}
+    """Twelve hex digits that name this configuration; what is run of it does not count."""
+    left_out = {"stage", "dry_run", "candidate", "package"}
+    values = {name: config.model_dump(mode="json", exclude=left_out) for name, config in configs.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

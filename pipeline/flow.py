@@ -146,12 +146,13 @@ STAGES = {
     )
 }
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
+GATE = "gate"  # judges a federation's candidate whenever there is one; no step of a run, and nothing of DVC's
 _TORCHLESS = ("clean", "report", "register")
 
 
 def stage_names() -> list[str]:
     """What ``stage=`` takes."""
-    return [*STAGES, "ship"]
+    return [*STAGES, "ship", GATE]
 
 
 def planned(configs: dict[str, Config]) -> Iterator[tuple[Stage, Config]]:

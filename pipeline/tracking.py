@@ -67,18 +67,104 @@ def register_family(
     """
     entries = [_entry(family, name, packages_dir, config_hash) for name in family["submodels"]]
     new_runs, versions, champions = 0, {}, []
-    with _open_client(store) as client:
-        experiment_id = _ensure_experiment(client, EXPERIMENT, store)
+    with open_client(store) as client:
+        experiment_id = ensure_experiment(client, EXPERIMENT, store)
         for entry in entries:
             runs = [_ensure_run(client, experiment_id, entry, container) for container in entry.figures["packages"]]
             new_runs += sum(created for _, created in runs)
-            if entry.passed:
-                model = _ensure_logged_model(client, experiment_id, entry, [run_id for run_id, _ in runs])
+            if entry.package_dir is not None:
+                model = ensure_logged_model(
+                    client, experiment_id, entry.name, entry.package_dir, key=entry.key("model"), tags=entry.tags,
+                    run_ids=[run_id for run_id, _ in runs], kind="sevenfold package",
+                )  # fmt: skip
                 versions[entry.name] = _ensure_version(client, entry, model)
                 champions += [entry.name] if _assign_aliases(client, entry, versions[entry.name]) else []
         _log_histories(client, store, entries, histories or {})
     _refuse_failed(entries)
     return RegisterResult(chart_url(experiment_id, port), experiment_id, new_runs, versions, tuple(champions))
+
+
+@contextmanager
+def open_client(store: Path) -> Iterator[Any]:
+    """A client of the store; telemetry is off before the import that would start it, third-party noise too."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    store.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        for source in ("mlflow", "sqlalchemy", "alembic", "pandas", "pydantic"):
+            warnings.filterwarnings("ignore", module=rf"{source}(\.|$)")
+        from mlflow import MlflowClient
+
+        for source in ("mlflow", "alembic"):
+            logging.getLogger(source).setLevel(logging.WARNING)
+        yield MlflowClient(tracking_uri=store_uri(store), registry_uri=store_uri(store))
+
+
+def ensure_experiment(client: Any, name: str, store: Path) -> str:
+    """Id of an experiment whose artifacts lie in the store's own mlruns/."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(name, artifact_location=(store.resolve() / "mlruns" / name).as_uri()))
+
+
+def finished_run(client: Any, experiment_id: str, key: str) -> str | None:
+    """Return the run with this key; one that a kill left unfinished is deleted."""
+    finished = None
+    for run in client.search_runs([experiment_id], filter_string=f"tags.key = '{key}'"):
+        if run.info.status == "FINISHED":
+            finished = str(run.info.run_id)
+        else:
+            client.delete_run(run.info.run_id)
+    return finished
+
+
+def log_numbers(client: Any, run_id: str, numbers: Sequence[tuple[str, float, int]], params: Mapping[str, Any]) -> None:
+    """Log (name, value, step) and parameters of a run."""
+    from mlflow.entities import Metric, Param
+
+    metrics = [Metric(key, value, 0, step) for key, value, step in numbers]
+    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+    # MLflow takes a thousand a call.
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def ensure_logged_model(
+    client: Any, experiment_id: str, name: str, directory: Path, *,
+    key: str, tags: Mapping[str, str], run_ids: Sequence[str], kind: str,
+) -> Any:  # fmt: skip
+    """Store a directory once, as the model that all of the runs measured."""
+    from mlflow.entities import LoggedModelOutput
+
+    for model in client.search_logged_models([experiment_id], filter_string=f"tags.key = '{key}'"):
+        if str(model.status) == "READY":
+            return model
+        client.delete_logged_model(model.model_id)
+    model = client.create_logged_model(experiment_id, name, run_ids[0], {**tags, "key": key}, model_type=kind)
+    client.log_model_artifacts(model.model_id, str(directory))
+    for run_id in run_ids:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def ensure_version(client: Any, registered_name: str, model: Any, *, key: str, tags: Mapping[str, str]) -> int:
+    """The version of a registered model with this key, made when there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(registered_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{registered_name}'"):
+        if version.tags.get("key") == key:
+            return int(version.version)
+    # By location, not as models:/<id>, which the registry would look up in the process-wide default store.
+    version = client.create_model_version(
+        registered_name, model.artifact_location, model.source_run_id, tags={**tags, "key": key},
+        model_id=model.model_id,
+    )  # fmt: skip
+    return int(version.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,32 +218,10 @@ def _package_digest(package_dir: Path) -> str:
     return total.hexdigest()
 
 
-@contextmanager
-def _open_client(store: Path) -> Iterator[Any]:
-    """A client of the store; telemetry is off before the import that would start it, third-party noise too."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    store.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        for source in ("mlflow", "sqlalchemy", "alembic", "pandas", "pydantic"):
-            warnings.filterwarnings("ignore", module=rf"{source}(\.|$)")
-        from mlflow import MlflowClient
-
-        for source in ("mlflow", "alembic"):
-            logging.getLogger(source).setLevel(logging.WARNING)
-        yield MlflowClient(tracking_uri=store_uri(store), registry_uri=store_uri(store))
-
-
-def _ensure_experiment(client: Any, name: str, store: Path) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    return str(client.create_experiment(name, artifact_location=(store.resolve() / "mlruns" / name).as_uri()))
-
-
 def _ensure_run(client: Any, experiment_id: str, entry: _Entry, container: str) -> tuple[str, bool]:
     """Return (run id, whether it is new)."""
     key = entry.key("run", container)
-    run_id = _finished_run(client, experiment_id, key)
+    run_id = finished_run(client, experiment_id, key)
     if run_id is not None:
         return run_id, False
     quant = "int8" if container == "tflite_legacy" else "int4"
@@ -166,21 +230,10 @@ def _ensure_run(client: Any, experiment_id: str, entry: _Entry, container: str) 
     package = entry.figures["packages"][container]
     params = {key: entry.figures[key] for key in ("params", "fp16_weight_bytes")}
     params |= {key: package.get(key) for key in ("file_bytes", "weight_bytes")}
-    _log_numbers(client, run_id, [(key, value, 0) for key, value in _metrics(entry.figures, container)], params)
+    log_numbers(client, run_id, [(key, value, 0) for key, value in _metrics(entry.figures, container)], params)
     _log_dataset(client, run_id, entry.dataset)
     client.set_terminated(run_id)
     return str(run_id), True
-
-
-def _finished_run(client: Any, experiment_id: str, key: str) -> str | None:
-    """Return the run with this key; one that a kill left unfinished is deleted."""
-    finished = None
-    for run in client.search_runs([experiment_id], filter_string=f"tags.key = '{key}'"):
-        if run.info.status == "FINISHED":
-            finished = str(run.info.run_id)
-        else:
-            client.delete_run(run.info.run_id)
-    return finished
 
 
 def _metrics(figures: Mapping[str, Any], container: str) -> Iterator[tuple[str, float]]:
@@ -200,18 +253,6 @@ def _metrics(figures: Mapping[str, Any], container: str) -> Iterator[tuple[str, 
             yield name, package[key] / unit
 
 
-def _log_numbers(
-    client: Any, run_id: str, numbers: Sequence[tuple[str, float, int]], params: Mapping[str, Any]
-) -> None:
-    from mlflow.entities import Metric, Param
-
-    metrics = [Metric(key, value, 0, step) for key, value, step in numbers]
-    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
-    # MLflow takes a thousand a call.
-    for start in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
-
 def _log_dataset(client: Any, run_id: str, counts: Mapping[str, Any]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -225,41 +266,9 @@ def _log_dataset(client: Any, run_id: str, counts: Mapping[str, Any]) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "evaluation")])])
 
 
-def _ensure_logged_model(client: Any, experiment_id: str, entry: _Entry, run_ids: Sequence[str]) -> Any:
-    """Store the package once, as the model that all of the submodel's runs measured."""
-    from mlflow.entities import LoggedModelOutput
-
-    key = entry.key("model")
-    for model in client.search_logged_models([experiment_id], filter_string=f"tags.key = '{key}'"):
-        if str(model.status) == "READY":
-            return model
-        client.delete_logged_model(model.model_id)
-    tags = {**entry.tags, "key": key}
-    model = client.create_logged_model(experiment_id, entry.name, run_ids[0], tags, model_type="sevenfold package")
-    client.log_model_artifacts(model.model_id, str(entry.package_dir))
-    for run_id in run_ids:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return client.finalize_logged_model(model.model_id, "READY")
-
-
 def _ensure_version(client: Any, entry: _Entry, model: Any) -> int:
-    from mlflow.exceptions import MlflowException
-
-    key = entry.key("version")
-    try:
-        client.create_registered_model(entry.registered_name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    for version in client.search_model_versions(f"name = '{entry.registered_name}'"):
-        if version.tags.get("key") == key:
-            return int(version.version)
-    tags = {**entry.tags, "key": key, "kl_to_teacher": str(entry.figures["kl_to_teacher"])}
-    # By location, not as models:/<id>, which the registry would look up in the process-wide default store.
-    version = client.create_model_version(
-        entry.registered_name, model.artifact_location, model.source_run_id, tags=tags, model_id=model.model_id
-    )
-    return int(version.version)
+    tags = {**entry.tags, "kl_to_teacher": str(entry.figures["kl_to_teacher"])}
+    return ensure_version(client, entry.registered_name, model, key=entry.key("version"), tags=tags)
 
 
 def _assign_aliases(client: Any, entry: _Entry, version: int) -> bool:
@@ -289,15 +298,15 @@ def _log_histories(client: Any, store: Path, entries: Sequence[_Entry], historie
     logged = [entry for entry in entries if histories.get(entry.name)]
     if not logged:
         return
-    experiment_id = _ensure_experiment(client, TRAINING_EXPERIMENT, store)
+    experiment_id = ensure_experiment(client, TRAINING_EXPERIMENT, store)
     for entry in logged:
         rows = [dict(row) for row in histories[entry.name]]
         key = entry.key("history", _digest(rows))
-        if _finished_run(client, experiment_id, key) is not None:
+        if finished_run(client, experiment_id, key) is not None:
             continue
         run = client.create_run(experiment_id, run_name=entry.name, tags={**entry.tags, "key": key})
         numbers = [(name, float(v), int(row["step"])) for row in rows for name, v in row.items() if name != "step"]
-        _log_numbers(client, run.info.run_id, numbers, {})
+        log_numbers(client, run.info.run_id, numbers, {})
         client.set_terminated(run.info.run_id)
 
 

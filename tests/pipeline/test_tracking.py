@@ -29,7 +29,7 @@ Register = Callable[..., tracking.RegisterResult]
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's schema migrations take seconds; every test starts from a copy."""
     store = tmp_path_factory.mktemp("store")
-    with tracking._open_client(store) as client:
+    with tracking.open_client(store) as client:
         client.search_experiments()
     return store / "mlflow.db"
 
@@ -43,7 +43,7 @@ def store(tmp_path: Path, empty_database: Path) -> Path:
 
 @pytest.fixture
 def client(store: Path) -> Iterator[Any]:
-    with tracking._open_client(store) as client:
+    with tracking.open_client(store) as client:
         yield client
 
 
