@@ -20,8 +20,8 @@ from benchmarks.federated_trial.pretraining import pretrained_base, read_base, w
 from benchmarks.federated_trial.rounds import Record, Setting, adam_step, train_group
 from benchmarks.federated_trial.text import Federation, encode_text, read_federation
 
-_GROUP = 24
-_AVERAGES = (3, 6, 12)
+_GROUP = 12
+_AVERAGES = (6,)
 _PRETRAINING_STEPS = 1500
 _WINDOWS = 8
 

@@ -19,8 +19,9 @@ class Method:
         feedback: Whether what a codec loses is added to the next message of the same sender.
         from_seed: Whether the state travels as its difference from the seed's initial values.
         server: ``average``, ``momentum``, ``nesterov`` or ``adam``, on the mean update.
-        server_rate: Its learning rate; the momentum is a mean of the updates, so that 1 moves as far as averaging.
-        server_beta: Its momentum, reached from 0 as t / (t + 3).
+        server_rate: Its learning rate; a momentum is a mean of the updates, so that 1 moves as far as averaging, and
+            other rates are reached from 1 as the momentum is from 0.
+        server_beta: Its momentum, reached from 0 as t / (t + 3), over 0.
         b_ratio: Learning rate of B over that of A.
         warmup_rounds: Rounds in B before alternating.
         block_rounds: Rounds of one phase before the other.

@@ -125,4 +125,80 @@ def _explore_core() -> Iterator[Run]:
         yield from runs([Method(f"{name} fp32", **shape)], [4e-3, 8e-3], [0], "roles", 10)  # type: ignore[arg-type]
 
 
-STAGES = {"tiny": tiny, "explore": explore}
+def table() -> list[Run]:
+    """The rows of the benchmark, on seeds that the exploration did not see."""
+    return [*_table_ten("roles"), *_table_hundred("roles"), *_table_docs_ten(), *_table_docs_hundred()]
+
+
+_SEEDS = (1, 2, 3)
+_SWIFT = Method("nesterov 2", server="nesterov", server_rate=2.0)
+_MILD = Method("nesterov 1.5", server="nesterov", server_rate=1.5, server_beta=0.6)
+_STACK = Method("stacking fp16", phases="stack", up="fp16", down="fp16", feedback=False)
+_FP16 = Method("FedIT fp16", up="fp16", down="fp16", feedback=False)
+_NO_FEEDBACK = Method("FedIT int8, no feedback", up="int8", down="int8", feedback=False)
+_FEDIT_SWIFT = replace(_SWIFT, name="FedIT fp32, nesterov 2", feedback=False)
+_OURS_4 = in_codec(_SWIFT, "int4", "int4")
+_OURS_8 = in_codec(_SWIFT, "int8", "int8")
+_MILD_4 = in_codec(_MILD, "int4", "int4")
+_PLAIN_4 = in_codec(BOTH, "int4", "int4")
+_TURNS_4 = Method("alternating 5 int4/int4", phases="alternating", up="int4", down="int4", block_rounds=5)
+_AUTO_4 = replace(_OURS_4, name="auto 0.87, nesterov 2 int4/int4", phases="auto", threshold=0.87, block_rounds=5)
+_FFA = Method("FFA fp32", phases="ffa", feedback=False)
+_FFA_4 = Method("FFA int4/int4", phases="ffa", up="int4", down="int4")
+
+
+def _longer(*methods: Method) -> list[Method]:
+    """Methods of cheap rounds may take more of them."""
+    return [replace(method, rounds=100) for method in methods]
+
+
+def _table_ten(federation: str) -> Iterator[Run]:
+    def at(methods: list[Method], rates: list[float]) -> list[Run]:
+        return runs(methods, rates, _SEEDS, federation, 10)
+
+    yield from at([FEDIT], [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2])
+    yield from at([_OURS_4], [2e-3, 4e-3, 8e-3])
+    yield from at([_OURS_8, _MILD_4, _PLAIN_4, _FP16, _NO_FEEDBACK, _FEDIT_SWIFT], [4e-3])
+    yield from at([_STACK], [4e-3, 8e-3])
+    yield from at(_longer(_FFA, _FFA_4), [1.6e-2])
+    yield from at(_longer(_TURNS_4), [8e-3])
+    yield from at(_longer(_AUTO_4), [4e-3])
+
+
+def _table_hundred(federation: str) -> Iterator[Run]:
+    def at(methods: list[Method], rates: list[float], seeds: tuple[int, ...] = _SEEDS) -> list[Run]:
+        return runs(methods, rates, seeds, federation, 100)
+
+    yield from at([FEDIT], [1.25e-4, 2.5e-4, 5e-4])
+    yield from at([_OURS_4], [2.5e-4])
+    yield from at([_OURS_4], [1.25e-4])
+    yield from at([_OURS_8, _MILD_4], [2.5e-4])
+    yield from at([_TURNS_4], [5e-4])
+    yield from at([FEDIT], [6.25e-5, 1e-3], (1,))
+    yield from at([_FP16, _NO_FEEDBACK, _FEDIT_SWIFT, _PLAIN_4], [2.5e-4], (1,))
+    yield from at([_STACK], [2.5e-4, 5e-4], (1,))
+    yield from at([_FFA], [5e-4, 1e-3], (1,))
+    yield from at([replace(_OURS_4, name=f"{_OURS_4.name}, local decay", local_decay=True)], [2.5e-4, 5e-4], (1,))
+
+
+def _table_docs_ten() -> Iterator[Run]:
+    yield from runs([FEDIT], [2e-3, 4e-3, 8e-3], _SEEDS, "docs", 10)
+    yield from runs([FEDIT], [1e-3, 1.6e-2], (1,), "docs", 10)
+    yield from runs([_OURS_4], [4e-3], _SEEDS, "docs", 10)
+    yield from runs([_OURS_4], [2e-3, 8e-3], (1,), "docs", 10)
+    yield from runs([_OURS_8, _MILD_4, _FP16, _NO_FEEDBACK, _FEDIT_SWIFT, _PLAIN_4], [4e-3], (1,), "docs", 10)
+    yield from runs([_STACK], [4e-3, 8e-3], (1,), "docs", 10)
+    yield from runs(_longer(_TURNS_4), [8e-3], _SEEDS, "docs", 10)
+    yield from runs(_longer(_FFA, _FFA_4), [1.6e-2], _SEEDS, "docs", 10)
+    yield from runs(_longer(_AUTO_4), [4e-3], _SEEDS, "docs", 10)
+
+
+def _table_docs_hundred() -> Iterator[Run]:
+    yield from runs([FEDIT], [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3], (1,), "docs", 100)
+    yield from runs([_OURS_4], [1.25e-4, 2.5e-4, 5e-4], (1,), "docs", 100)
+    yield from runs([_MILD_4], [2.5e-4, 5e-4], (1,), "docs", 100)
+    yield from runs([_TURNS_4], [5e-4], (1,), "docs", 100)
+    yield from runs([_OURS_8], [2.5e-4], (1,), "docs", 100)
+
+
+STAGES = {"tiny": tiny, "explore": explore, "table": table}

@@ -18,37 +18,40 @@ EQUAL_ROUNDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The seeds' mean of one method at one learning rate.
+    """One method at one learning rate: a row of values a seed.
 
     Attributes:
         method: Its row.
         learning_rate: Of the clients.
-        seeds: How many.
-        losses: Mean held-out loss after every round, the first before any.
-        final_losses: Of every seed after ``EQUAL_ROUNDS`` rounds, or the last if there were fewer.
-        total_bytes: Mean bytes up and down until the end of every round.
+        seeds: Which.
+        losses: Held-out loss after every round, the first before any (S, rounds + 1).
+        total_bytes: Bytes up and down until the end of every round (S, rounds).
         dispersions: Mean dispersion of the updates, by round.
     """
 
     method: str
     learning_rate: float
-    seeds: int
-    losses: list[float]
-    final_losses: list[float]
-    total_bytes: list[float]
+    seeds: list[int]
+    losses: list[list[float]]
+    total_bytes: list[list[int]]
     dispersions: list[float]
+
+    @property
+    def final_losses(self) -> list[float]:
+        """Of every seed after ``EQUAL_ROUNDS`` rounds, or the last if there were fewer."""
+        return [row[min(EQUAL_ROUNDS, len(row) - 1)] for row in self.losses]
 
     @property
     def final_loss(self) -> float:
         return _mean(self.final_losses)
 
     def rounds_to(self, target: float) -> int | None:
-        """The first round after which the mean loss is at most ``target``."""
-        return next((i for i, loss in enumerate(self.losses) if loss <= target), None)
+        """The first round after which the seeds' mean loss is at most ``target``."""
+        return _first_at_most(_means(self.losses), target)
 
     def bytes_to(self, target: float) -> float:
         rounds = self.rounds_to(target)
-        return self.total_bytes[rounds - 1] if rounds else math.inf
+        return _means(self.total_bytes)[rounds - 1] if rounds else math.inf
 
 
 def write_records(records: Sequence[Record], path: Path) -> None:
@@ -79,66 +82,88 @@ def curves(records: Sequence[Record]) -> list[Curve]:
     return made
 
 
-def bar(found: Sequence[Curve]) -> float:
-    """The final loss of FedIT in fp32 at its best learning rate; NaN when it was not run."""
-    return min((c.final_loss for c in found if c.method == REFERENCE), default=math.nan)
+def bars(found: Sequence[Curve]) -> dict[int, float]:
+    """For every seed the final loss of FedIT in fp32 at the learning rate that is best over the most seeds."""
+    tuned = [curve for curve in found if curve.method == REFERENCE]
+    if not tuned:
+        return {}
+    most = max(len(curve.seeds) for curve in tuned)
+    best = min((c for c in tuned if len(c.seeds) == most), key=lambda c: c.final_loss)
+    return dict(zip(best.seeds, best.final_losses, strict=True))
 
 
-def chosen(found: Sequence[Curve], target: float) -> list[Curve]:
-    """Of every method the learning rate with the fewest bytes to the target, or else the lowest final loss."""
+def target_of(curve: Curve, bar: dict[int, float]) -> float:
+    """What a curve has to reach: the mean of its own seeds' bars."""
+    return _mean([bar.get(seed, math.nan) for seed in curve.seeds])
+
+
+def chosen(found: Sequence[Curve], bar: dict[int, float]) -> list[Curve]:
+    """Of every method the learning rate with the fewest bytes to the target, or else the lowest final loss.
+
+    Rates that were run on fewer seeds than another only show that the grid's edge is no better.
+    """
     best: dict[str, Curve] = {}
     for curve in found:
         kept = best.get(curve.method)
-        if kept is None or _rank(curve, target) < _rank(kept, target):
+        if kept is None or _order(curve, bar) < _order(kept, bar):
             best[curve.method] = curve
     return list(best.values())
 
 
 def _curve(name: str, rate: float, records: list[Record], losses: list[list[float]]) -> Curve:
     totals = [list(accumulate(up + down for up, down in zip(r.up_bytes, r.down_bytes, strict=True))) for r in records]
-    return Curve(
-        method=name,
-        learning_rate=rate,
-        seeds=len(records),
-        losses=_means(losses),
-        final_losses=[row[min(EQUAL_ROUNDS, len(row) - 1)] for row in losses],
-        total_bytes=_means(totals),
-        dispersions=_means([r.dispersions for r in records]),
-    )
+    seeds = [record.run.seed for record in records]
+    return Curve(name, rate, seeds, losses, totals, _means([r.dispersions for r in records]))
 
 
 def _table(found: list[Curve]) -> str:
-    target = bar(found)
-    reference = min((c.bytes_to(target) for c in found if c.method == REFERENCE), default=math.nan)
+    bar = bars(found)
+    heading = ", ".join(f"seed {seed}: {loss:.4f}" for seed, loss in bar.items())
     lines = [
-        f"Bar: {target:.4f}, start: {found[0].losses[0]:.4f}. MB: both ways, whole cohort, until the mean is there.\n",
-        "| method | lr | seeds | loss at 60 | +- | rounds to bar | MB to bar | fewer bytes | KB/client/round "
-        "| dispersion 5, 30, 60 | other lrs: loss (rounds to bar) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"Bar ({heading}), start {found[0].losses[0][0]:.4f}. MB: both ways, whole cohort, until the seeds' mean is "
+        "there.\n",
+        "| method | lr | seeds | loss at 60 | +- | minus bar | rounds to bar (each seed) | MB to bar | fewer bytes "
+        "| KB/client/round | dispersion 5, 30, 60 | other lrs: loss minus bar (rounds to bar) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for curve in sorted(chosen(found, target), key=lambda c: _rank(c, target)):
+    picked = chosen(found, bar)
+    reference = next((curve for curve in picked if curve.method == REFERENCE), None)
+    for curve in sorted(picked, key=lambda c: _order(c, bar)[1:]):
         others = " ".join(
-            f"{c.learning_rate:g}:{c.final_loss:.4f}({c.rounds_to(target) or '-'})"
+            f"{c.learning_rate:g}:{c.final_loss - target_of(c, bar):+.4f}({c.rounds_to(target_of(c, bar)) or '-'})"
             for c in found
             if c.method == curve.method and c is not curve
         )
-        lines.append(_row(curve, target, reference) + f" {others} |")
+        lines.append(_row(curve, bar, reference) + f" {others} |")
     return "\n".join(lines) + "\n"
 
 
-def _row(curve: Curve, target: float, reference: float) -> str:
+def _row(curve: Curve, bar: dict[int, float], reference: Curve | None) -> str:
+    target = target_of(curve, bar)
     needed, spent = curve.rounds_to(target), curve.bytes_to(target)
-    per_client = curve.total_bytes[-1] / len(curve.total_bytes) / 10 / 1e3
+    per_client = _means(curve.total_bytes)[-1] / len(curve.dispersions) / 10 / 1e3
     spread = " ".join(f"{curve.dispersions[min(i, len(curve.dispersions)) - 1]:.2f}" for i in (5, 30, 60))
-    reached = f"{needed} | {spent / 1e6:.1f} | {reference / spent:.2f}x" if needed else "- | - | -"
+    reached = "- | - | -"
+    if needed and reference:
+        each = [_first_at_most(row, bar[seed]) for seed, row in zip(curve.seeds, curve.losses, strict=True)]
+        listed = " ".join(str(rounds or "-") for rounds in each)
+        paid = reference.bytes_to(target_of(reference, bar))
+        reached = f"{needed} ({listed}) | {spent / 1e6:.1f} | {paid / spent:.2f}x"
     return (
-        f"| {curve.method} | {curve.learning_rate:g} | {curve.seeds} | {curve.final_loss:.4f} | "
-        f"{_deviation(curve.final_losses):.4f} | {reached} | {per_client:.1f} | {spread} |"
+        f"| {curve.method} | {curve.learning_rate:g} | {len(curve.seeds)} | {curve.final_loss:.4f} | "
+        f"{_deviation(curve.final_losses):.4f} | {curve.final_loss - target:+.4f} | {reached} | {per_client:.1f} | "
+        f"{spread} |"
     )
 
 
-def _rank(curve: Curve, target: float) -> tuple[float, float]:
-    return curve.bytes_to(target), curve.final_loss if math.isfinite(curve.final_loss) else math.inf
+def _order(curve: Curve, bar: dict[int, float]) -> tuple[int, float, float]:
+    target = target_of(curve, bar)
+    gap = curve.final_loss - target
+    return -len(curve.seeds), curve.bytes_to(target), gap if math.isfinite(gap) else math.inf
+
+
+def _first_at_most(losses: Sequence[float], target: float) -> int | None:
+    return next((i for i, loss in enumerate(losses) if loss <= target), None)
 
 
 def _means(rows: list[list[float]] | list[list[int]]) -> list[float]:

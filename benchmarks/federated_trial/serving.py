@@ -199,9 +199,10 @@ def _server_step(server: Server, mean: Tensor, where: slice, taken: int) -> Tens
         return method.server_rate * mean
     if method.server in ("momentum", "nesterov"):
         beta = min(method.server_beta, taken / (taken + 3))
+        rate = 1 + (method.server_rate - 1) * beta / method.server_beta  # both grow: first updates are the largest
         server.velocity[where] = beta * server.velocity[where] + (1 - beta) * mean
         ahead = beta * server.velocity[where] + (1 - beta) * mean
-        return method.server_rate * (ahead if method.server == "nesterov" else server.velocity[where])
+        return rate * (ahead if method.server == "nesterov" else server.velocity[where])
     if method.server != "adam":
         raise ValueError(f"server optimiser {method.server}: average, momentum, nesterov or adam")
     velocity = method.server_beta * server.velocity[where] + (1 - method.server_beta) * mean

@@ -1,6 +1,7 @@
 """The simulator against plain autograd, torch's AdamW and the project's codec, at tiny sizes."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,16 @@ import torch
 from benchmarks.federated_trial import plan, report
 from benchmarks.federated_trial.adapters import Lora, core_between
 from benchmarks.federated_trial.methods import Method, Run, phase_of
-from benchmarks.federated_trial.model import Shape, decoder_block, head_losses, initial_base, window_losses
-from benchmarks.federated_trial.rounds import Setting, adam_step, client_gradients, train_group
-from benchmarks.federated_trial.serving import broadcast, fold, received_bytes, sent_updates, start_server
+from benchmarks.federated_trial.model import Shape, head_losses, initial_base, window_losses
+from benchmarks.federated_trial.rounds import Record, Setting, adam_step, client_gradients, train_group
+from benchmarks.federated_trial.serving import (
+    average_states,
+    broadcast,
+    fold,
+    received_bytes,
+    sent_updates,
+    start_server,
+)
 from benchmarks.federated_trial.text import federate
 from benchmarks.federated_trial.wire import HEADER_BYTES, decoded, encoded_bytes
 from edge_runtime.formats import codec
@@ -212,15 +220,59 @@ def test_equal_seeds_start_alike_and_training_lowers_the_loss(base, federation):
     assert 2 * records[1].up_bytes[0] == pytest.approx(records[0].up_bytes[0], rel=0.3)
 
 
-def test_the_table_counts_bytes_until_the_reference_is_reached():
-    def record(name, losses, bytes_a_round):
-        rounds = len(losses) - 1
-        from benchmarks.federated_trial.rounds import Record
+def record(name, seed, losses, bytes_a_round):
+    rounds = len(losses) - 1
+    run = Run(Method(name), 1e-3, seed, "toy", 10)
+    return Record(run, losses, [bytes_a_round] * rounds, [0] * rounds, [0.5] * rounds, averaged={6: losses})
 
-        run = Run(Method(name), 1e-3, 0, "toy", 10)
-        return Record(run, losses, [bytes_a_round] * rounds, [0] * rounds, [0.5] * rounds)
 
-    found = report.curves([record("FedIT fp32", [3.0, 2.0, 1.0], 100), record("ours", [3.0, 1.5, 0.9], 10)])
-    assert report.bar(found) == 1.0
-    assert [c.bytes_to(1.0) for c in found] == [200, 20]
-    assert decoder_block is Setting(SHAPE).block
+def test_the_table_counts_bytes_until_each_methods_own_seeds_reach_the_reference():
+    records = [record("FedIT fp32", 1, [3.0, 2.0, 1.0], 100), record("FedIT fp32", 2, [3.0, 2.0, 1.6], 100)]
+    records += [record("ours", 2, [3.0, 1.5, 0.9], 10), record("never", 1, [3.0, 2.9, 2.8], 1)]
+    found = {curve.method: curve for curve in report.curves(records)}
+    bar = report.bars(list(found.values()))
+    assert bar == {1: 1.0, 2: 1.6}
+    reached = {
+        name: found[name].bytes_to(report.target_of(found[name], bar)) for name in ("FedIT fp32", "ours", "never")
+    }
+    assert reached == {"FedIT fp32": 200, "ours": 10, "never": float("inf")}
+    (ours,) = [line for line in report.tables(records).splitlines() if line.startswith("| ours |")]
+    assert "| 1 (1) | 0.0 | 20.00x |" in ours
+
+
+def test_a_running_mean_weighs_late_states_and_forgets_the_start(base):
+    server = start_server(Method("x"), LORA, base.linears, 2, 0, torch.device("cpu"), (6,))
+    states = [float(i) for i in range(1, 30)]
+    for t, value in enumerate(states):
+        server.state = torch.full_like(server.state, value)
+        average_states(server, t)
+    weights = np.ones(0)
+    for t in range(1, 30):
+        weights = np.append(weights * (1 - 7 / (t + 6)), 7 / (t + 6))
+    assert float(server.averages[6][0]) == pytest.approx(np.average(states, weights=weights), rel=1e-4)
+    assert weights[0] < 1e-4 < weights[-1]
+
+
+def test_nesterov_begins_as_averaging_and_ends_at_its_rate(base):
+    server = start_server(
+        Method("x", server="nesterov", server_rate=2.0), LORA, base.linears, 2, 0, torch.device("cpu")
+    )
+    step, moved = torch.ones(1, len(server.state)), []
+    for _ in range(200):
+        before = server.state.clone()
+        fold(server, step, ("a", "b"), LORA, server.state)
+        moved.append(float((server.state - before)[0]))
+    assert moved[0] == pytest.approx(1.0)
+    assert moved[-1] == pytest.approx(2.0, abs=1e-3)
+    assert all(later > earlier - 1e-3 for earlier, later in itertools.pairwise(moved))
+
+
+def test_local_options_change_what_a_client_sends(base, federation):
+    plain = Method("x", rounds=1)
+    methods = [plain, replace(plain, local_decay=True), replace(plain, local_average=True)]
+    setting = Setting(SHAPE, cohort=2, batch=4)
+    (records,) = train_group(plan.runs(methods, [3e-2], [0], "toy", 6), setting, LORA, base, federation)
+    first, decayed, averaged = (record.drifts[0] for record in records)
+    assert len({first, decayed, averaged}) == 3
+    losses = [record.losses[-1] for record in records]
+    assert losses[0] < min(losses[1:]) < max(losses) < records[0].losses[0]
