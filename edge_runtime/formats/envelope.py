@@ -22,6 +22,7 @@ from edge_runtime.formats.errors import MessageError
 
 MAX_HEADER_BYTES = 256 << 10
 MAX_PAYLOAD_BYTES = 512 << 20
+MAX_DEPTH = 16  # lists and objects within each other
 
 _MAGIC = b"S7M1"
 _HEAD = struct.Struct("<4sIQ")  # magic, header bytes, payload bytes
@@ -56,7 +57,7 @@ def header_text(envelope: Envelope) -> str:
 
 
 def envelope_from_text(text: str, payload: bytes) -> Envelope:
-    """Inverse of ``header_text``.
+    """Inverse of ``header_text``, which takes whatever this returns.
 
     Raises:
         MessageError: Too long, or not of this form.
@@ -69,6 +70,8 @@ def envelope_from_text(text: str, payload: bytes) -> Envelope:
         raise MessageError(f"message: the header is not JSON ({str(error)[:80]})") from error
     if not (isinstance(top, list) and len(top) == 2 and isinstance(top[0], str) and isinstance(top[1], dict)):
         raise MessageError("message: the header is not a kind and its fields")
+    if not _can_be_written(top, MAX_DEPTH):
+        raise MessageError("message: the header is nested too deeply, or holds a number that is not finite")
     return Envelope(top[0], top[1], payload)
 
 
@@ -234,6 +237,14 @@ def check_payload(envelope: Envelope, digest: str) -> bytes:
     if sha256(envelope.payload) != digest:
         raise MessageError(f"{envelope.kind}: the payload's sha256 is not the header's")
     return envelope.payload
+
+
+def _can_be_written(value: object, levels: int) -> bool:
+    """Whether ``header_text`` takes a value that ``json`` has read: Python's reader takes NaN, and 1e999."""
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_can_be_written(item, levels - 1) for item in inner)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _shown(value: object) -> str:

@@ -160,7 +160,7 @@ def test_deep_nesting_is_refused_however_little_stack_is_left(field) -> None:
     """Parsed near the top of the stack, checked further down: showing the value must not recurse into it."""
     nested = "[" * 900 + "]" * 900
     raw = json.dumps(["sample", GOOD | {field: "@"}]).replace('"@"', nested)
-    envelope = envelope_from_text(raw, b"")
+    envelope = Envelope("sample", json.loads(raw)[1])
 
     def deeper(frames):
         return unseal(envelope, Sample) if frames == 0 else deeper(frames - 1)
@@ -183,11 +183,20 @@ def test_deep_nesting_is_refused_however_little_stack_is_left(field) -> None:
         "[" * 5000,
         "1" * 5000,
         '["k",{"a":' + "9" * 5000,
+        '["k",{"a":NaN}]',
+        '["k",{"a":[1,-Infinity]}]',
+        '["k",{"a":{"b":1e999}}]',
+        '["k",{"a":' + "[" * 15 + "]" * 15 + "}]",
     ],
 )
 def test_headers_of_another_form_are_refused(raw) -> None:
     with pytest.raises(MessageError, match=r"^message: "):
         envelope_from_text(raw, b"")
+
+
+def test_a_header_that_was_read_can_be_written_again() -> None:
+    raw = '["k",{"a":' + "[" * 14 + "1.5" + "]" * 14 + "}]"
+    assert header_text(envelope_from_text(raw, b"")) == raw
 
 
 def test_headers_and_payloads_are_bounded() -> None:
