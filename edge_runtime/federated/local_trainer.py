@@ -75,6 +75,10 @@ class LocalTrainer:
                 f"{package.directory}: container {CONTAINER} holds no weights here; "
                 "export the package with export.torch_base=true"
             )
+        if package.manifest.files[files[0]].sha256 != package.manifest.base_digest:
+            raise PackageError(
+                f"{package.directory}: {files[0]} is not the base that adapters of this package belong to"
+            )
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             return cls(package.path(files[0]), package.manifest.decoder, threads, chosen)

@@ -147,7 +147,7 @@ class TfliteStepTrainer:
         self._spec, self._threads = package.manifest.decoder, threads
         self._path: Path | None = package.path(_require_files(package, "tflite_train")[0])
         self._signature, self._runner = "", None
-        signatures = self._load().get_signature_list()
+        signatures = self._load(None).get_signature_list()
         self.buckets = tuple(sorted(int(_digits(name)) for name in signatures if name.startswith("train_")))
         details = self._runner_for(f"train_{self.buckets[0]}").get_input_details()
         self._slots = {name: tuple(int(size) for size in detail["shape"]) for name, detail in details.items()}
@@ -215,18 +215,20 @@ class TfliteStepTrainer:
         if self._signature != signature:
             # A new interpreter, because an old one keeps the memory of every signature that ever ran.
             self._signature, self._runner = "", None
-            self._runner = self._load().get_signature_runner(signature)
+            self._runner = self._load(signature)
             self._signature = signature
         return self._runner
 
-    def _load(self) -> Any:
+    def _load(self, signature: str | None) -> Any:
+        """A new interpreter's runner of one signature, or the interpreter itself."""
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise BackendError("ai-edge-litert is not installed; type: pip install ai-edge-litert") from error
         try:
             with silenced_stderr():
-                return Interpreter(model_path=str(self._path), num_threads=self._threads)
+                interpreter = Interpreter(model_path=str(self._path), num_threads=self._threads)
+                return interpreter if signature is None else interpreter.get_signature_runner(signature)
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"{self._path}: LiteRT cannot load it: {_one_line(error)}") from error
 

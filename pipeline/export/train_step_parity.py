@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,21 @@ class Probe:
     factors: Mapping[str, NDArray[np.float32]]
 
 
-def draw_probe(spec: DecoderSpec, lora: LoraSlots, tokens: NDArray[np.int32]) -> Probe:
-    """A probe over (B, T) ``tokens``: every third position is not counted."""
+def draw_probe(model: Any, spec: DecoderSpec, lora: LoraSlots, tokens: NDArray[np.int32]) -> Probe:
+    """A probe over (B, T) ``tokens``: every third position is not counted.
+
+    Where ``spec`` is wider than ``model`` (a padded intermediate size), the factors are zero.
+    """
     generator = np.random.default_rng(0)
     factors = {}
     for module, projection in spec.module_names(lora.targets):
-        rows, columns = spec.projection_shape(projection)
-        for half, shape in (("A", (columns, lora.rank)), ("B", (lora.rank, rows))):
+        (rows, columns), padded = model.get_submodule(module).weight.shape, spec.projection_shape(projection)
+        for half, shape, slot in (
+            ("A", (columns, lora.rank), (padded[1], lora.rank)),
+            ("B", (lora.rank, rows), (lora.rank, padded[0])),
+        ):
             drawn = generator.normal(size=shape) * shape[0] ** -0.5
-            factors[f"{module}.lora_{half}.weight"] = drawn.astype(np.float32)
+            factors[f"{module}.lora_{half}.weight"] = _widened(drawn.astype(np.float32), slot)
     mask = (np.arange(tokens.size).reshape(tokens.shape) % 3 > 0).astype(np.float32)
     return Probe(tokens, mask, factors)
 
@@ -106,18 +112,20 @@ def require_same_step(name: str, expected: Arrays, found: Arrays) -> float:
     return worst
 
 
-def _widened(factor: NDArray[np.float32], shape: list[int | str]) -> NDArray[np.float32]:
+def _widened(factor: NDArray[np.float32], shape: Sequence[int | str]) -> NDArray[np.float32]:
     pairs = zip(shape, factor.shape, strict=True)
     return np.pad(factor, [(0, wanted - size if isinstance(wanted, int) else 0) for wanted, size in pairs])
 
 
 @contextmanager
-def _adapted(model: Any, tensors: Mapping[str, Any]) -> Any:
+def _adapted(model: Any, tensors: Mapping[str, Any]) -> Iterator[None]:
     """``y + x A B`` behind every adapted projection while the block runs."""
 
     def attach(name: str) -> Any:
-        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        return model.get_submodule(name).register_forward_hook(lambda _, inputs, output: output + inputs[0] @ a @ b)
+        layer = model.get_submodule(name)
+        rows, columns = layer.weight.shape
+        a, b = tensors[f"{name}.lora_A.weight"][:columns], tensors[f"{name}.lora_B.weight"][:, :rows]
+        return layer.register_forward_hook(lambda _, inputs, output: output + inputs[0] @ a @ b)
 
     with ExitStack() as stack:
         for name in dict.fromkeys(name.split(".lora_")[0] for name in tensors):

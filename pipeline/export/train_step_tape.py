@@ -222,8 +222,8 @@ def _softmax_products(tape: Tape, node: Node, dy: Tensor) -> tuple[_Product, ...
     y = node.output
 
     def product() -> Tensor:
-        weighted = tape.multiply(dy, y)
-        return tape.subtract(weighted, tape.multiply(y, tape.total(weighted, (len(y.shape) - 1,))))
+        mean = tape.total(tape.multiply(dy, y), (len(y.shape) - 1,))
+        return tape.multiply(y, tape.subtract(dy, mean))
 
     return (product,)
 

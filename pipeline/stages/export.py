@@ -152,8 +152,9 @@ def _train_step_errors(
     here = {name: step for name, step in steps.items() if step[1].exists()}
     if not here:
         return {}
-    probe = draw_probe(spec, lora, np.resize(tokens, (1, shortest)))
-    expected = torch_step(load_dequantized(load_student(run.layout.student(run.submodel)), weights), probe)
+    model = load_dequantized(load_student(run.layout.student(run.submodel)), weights)
+    probe = draw_probe(model, spec, lora, np.resize(tokens, (1, shortest)))
+    expected = torch_step(model, probe)
     return {
         f"{name}_relative_error": round(require_same_step(name, expected, step(path, probe, threads=threads)), 9)
         for name, (step, path) in here.items()
