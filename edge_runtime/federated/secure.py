@@ -119,9 +119,9 @@ class SecureSessions:
             raise MessageError("plan: mask is not set")
         session = self._at(plan.mask.session, _Stage.READY)
         _check_plan(session, plan, plan.mask, codes, sizes, weight)
-        session.stage, session.sent = _Stage.MASKED, len(plan.mask.scales)
-        sizes = sizes[: session.sent]
+        sizes = sizes[: len(plan.mask.scales)]
         values = _weighted(plan, plan.mask, codes, sizes, weight, self._random_bytes)
+        session.stage, session.sent = _Stage.MASKED, len(plan.mask.scales)  # whatever follows, these masks are used
         _add_masks(session, values, sizes)
         parts = np.split(values, np.cumsum(sizes)[:-1])
         return b"".join(pack_bits(part, plan.mask.bits) for part in parts)
