@@ -132,10 +132,7 @@ def test_integer_noise_has_the_discrete_gaussians_probabilities(std: float) -> N
     weights = np.exp(-(support**2) / (2 * std**2))
     edges = np.unique(np.quantile(drawn, np.linspace(0, 1, 12)).astype(int))
     bins = [-reach - 1, *edges[1:-1].tolist(), reach]
-    expected = [
-        weights[(support > low) & (support <= high)].sum() / weights.sum()
-        for low, high in pairwise(bins)
-    ]
+    expected = [weights[(support > low) & (support <= high)].sum() / weights.sum() for low, high in pairwise(bins)]
     observed = [int(((drawn > low) & (drawn <= high)).sum()) for low, high in pairwise(bins)]
     assert stats.chisquare(observed, np.array(expected) * count).pvalue > 1e-3
     assert abs(drawn.mean()) < 4 * max(std, 0.1) / math.sqrt(count)
