@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,8 @@ def main() -> None:
     for case, result in results.items():
         rounds, median = result["seconds"], statistics.median(result["seconds"])
         print(
-            f"| {case} | {' '.join(f'{s:.1f}' for s in rounds)} | {median:.1f} | {result['mb']:.1f} | {median / stock:.2f} |"
+            f"| {case} | {' '.join(f'{s:.1f}' for s in rounds)} | {median:.1f} | {result['mb']:.1f} "
+            f"| {median / stock:.2f} |"
         )
     for case, result in results.items():
         if parts := result.get("parts"):
@@ -176,7 +178,8 @@ def serve_ours(grid, case: str, rounds: int, layers: int, root: Path) -> dict[st
         "default",
         [
             "name=bench", "package=none", f"rounds={rounds + 2}", f"codec.up={codec}", f"codec.down={codec}",
-            "adapter.ranks=[16]", "adapter.alpha=32", "adapter.targets=[q_proj,k_proj,v_proj,o_proj]", "evaluation.every=0",
+            "adapter.ranks=[16]", "adapter.alpha=32", "adapter.targets=[q_proj,k_proj,v_proj,o_proj]",
+            "evaluation.every=0",
             f"cohort.size={DEVICES}", f"cohort.quorum={DEVICES}", "cohort.over_selection=1", "local.sequence_tokens=64",
         ],
     )  # fmt: skip
@@ -191,7 +194,7 @@ def serve_ours(grid, case: str, rounds: int, layers: int, root: Path) -> dict[st
         records.append(dict(record))
 
     run_federation(federation, report)
-    seconds = [after - before for before, after in zip(marks, marks[1:])][2:]  # both factors have been trained once
+    seconds = [after - before for before, after in pairwise(marks)][2:]  # both factors have been trained once
     kept = records[2:]
     parts = {name: statistics.median(record["seconds"][name] for record in kept) for name in kept[0]["seconds"]}
     parts["rest"] = statistics.median(seconds) - sum(parts.values())
@@ -217,7 +220,7 @@ def serve_stock(grid, rounds: int, layers: int, packed: bool) -> dict[str, objec
         evaluate_fn=lambda number, arrays: marks.append(time.time()),
     )  # fmt: skip
     size = sum(array.nbytes for array in arrays.values())
-    return {"seconds": [after - before for before, after in zip(marks, marks[1:])], "mb": 2 * DEVICES * size / 1e6}
+    return {"seconds": [after - before for before, after in pairwise(marks)], "mb": 2 * DEVICES * size / 1e6}
 
 
 def answer_stock(message):
