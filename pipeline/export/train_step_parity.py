@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -98,18 +99,18 @@ def require_same_step(name: str, expected: Arrays, found: Arrays) -> float:
     Raises:
         ExportError: It is above ``RELATIVE_LIMIT``, or the step is not finite.
     """
-    worst, where = 0.0, ""
+    differences = {}
     for tensor, wanted in expected.items():
         given = np.asarray(found[tensor], np.float64)[tuple(slice(size) for size in wanted.shape)]
         difference = float(np.linalg.norm(given - wanted) / np.linalg.norm(wanted))
-        if not difference <= worst:  # NaN too
-            worst, where = difference, tensor
-    if not worst <= RELATIVE_LIMIT:
+        differences[tensor] = difference if math.isfinite(difference) else math.inf
+    where = max(differences, key=differences.__getitem__)
+    if differences[where] > RELATIVE_LIMIT:
         raise ExportError(
-            f"{name}: {where} of the training step differs from torch's by {worst:.2e} of its norm"
+            f"{name}: {where} of the training step differs from torch's by {differences[where]:.2e} of its norm"
             f" (limit {RELATIVE_LIMIT:g}); the file must not ship"
         )
-    return worst
+    return differences[where]
 
 
 def _widened(factor: NDArray[np.float32], shape: Sequence[int | str]) -> NDArray[np.float32]:

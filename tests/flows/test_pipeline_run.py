@@ -49,7 +49,9 @@ def test_packages_open_and_hold_every_container(finished):
     layout = finished.layout
     for name in ("ci_small", "ci_tiny"):
         package = open_package(layout.package(name), load_trust())
-        assert package.available == CONTAINERS
+        assert set(package.available) == {*CONTAINERS, "tflite_train", "torch"}
+        assert package.manifest.files["torch/weights.safetensors"].sha256 == package.manifest.base_digest
+        assert {"onnx/train_32.onnx", "onnx/loss_32.onnx", "tflite_train/train.tflite"} <= set(package.manifest.files)
         assert package.manifest.name == name
 
 
