@@ -196,6 +196,11 @@ class _Session:
     def name(self) -> str:
         return self.roster.invite.session
 
+    @property
+    def fewest(self) -> int:
+        """Members without whom there is no sum."""
+        return max(self.roster.threshold, self.settings.min_cohort)
+
     def same(self, name: str) -> None:
         """Refuse a reply of another session."""
         if name != self.name:
@@ -203,9 +208,8 @@ class _Session:
 
     def check_left(self, stage: str, count: int) -> None:
         """End the attempt when too few are left."""
-        fewest = max(self.roster.threshold, self.settings.min_cohort)
-        if count < fewest:
-            raise TooFew(stage, f"{count} of {len(self.cohort)} members are left, {fewest} are needed")
+        if count < self.fewest:
+            raise TooFew(stage, f"{count} of {len(self.cohort)} members are left, {self.fewest} are needed")
 
 
 def _exchange_keys(talk: Talk, invite: MaskInvite, members: Sequence[Member], settings: SecureSettings) -> _Session:
@@ -298,6 +302,7 @@ def _collect(
     messages = {node: make_plan(place) for node, place in places.items()}
     asked = {node: unseal(envelope, Plan) for node, envelope in messages.items()}
     updates: dict[int, Update] = {}
+    enough = session.settings.enough and max(session.settings.enough, session.fewest)
 
     def accept(node: int, envelope: Envelope) -> None:
         update = unseal(envelope, Update)
@@ -317,7 +322,7 @@ def _collect(
         messages,
         session.settings.deadline_s,
         accept,
-        enough=session.settings.enough,
+        done=lambda: 0 < enough <= len(updates) and all(accumulator.opened()),
         again=lambda node: make_plan(places[node]),
     )
     session.check_left("update", len(updates))
@@ -347,7 +352,11 @@ def _unmask(
     message = seal(MaskUnmask(session.name, tuple(survivors), lost))
     before = dict(session.talk.tally.lost)
     session.talk.ask(
-        "unmask", dict.fromkeys(places, message), session.settings.stage_timeout_s, accept, enough=threshold
+        "unmask",
+        dict.fromkeys(places, message),
+        session.settings.stage_timeout_s,
+        accept,
+        done=lambda: len(revealed) >= threshold,
     )
     session.talk.tally.lost = before  # who is silent now is in the sum all the same
     if len(revealed) < threshold:

@@ -41,7 +41,8 @@ class SecureSettings:
         deadline_s: For training.
         weight_cap: Largest weight of one device, as its plan says.
         noise_std: What each device adds, as its plan says; the field gets room for it.
-        enough: Close the sum at so many updates, the others count as lost; 0: wait for all until the deadline.
+        enough: Close the sum at so many updates (or at two thirds of every segment's members, if that is more);
+            the others count as lost. 0: wait for all until the deadline.
     """
 
     min_cohort: int
@@ -106,7 +107,7 @@ class Talk:
         timeout_s: float,
         accept: Callable[[int, Envelope], None],
         *,
-        enough: int = 0,
+        done: Callable[[], bool] = lambda: False,
         again: Callable[[int], Envelope] | None = None,
     ) -> None:
         """Send messages by node and hand every reply to ``accept``, until none is missing or time is up.
@@ -117,12 +118,12 @@ class Talk:
             timeout_s: From now.
             accept: Called with node and reply; raises Refused, MessageError or SignatureError when it may not
                 be used.
-            enough: Stop after so many accepted replies; 0: wait for all.
+            done: Asked after every reply: whether the others need not be waited for.
             again: The message for a node that declined because it lacks factors; each gets one.
         """
-        end_s, pause_s, accepted = self._clock() + timeout_s, _SHORTEST_POLL_S, 0
+        end_s, pause_s = self._clock() + timeout_s, _SHORTEST_POLL_S
         pending, repeated = self._push(messages, timeout_s), set[int]()
-        while pending and self._clock() < end_s and not (enough and accepted >= enough):
+        while pending and self._clock() < end_s and not done():
             arrivals = [arrival for arrival in self._transport.pull(list(pending)) if arrival.message_id in pending]
             for arrival in arrivals:
                 node, envelope = pending.pop(arrival.message_id), arrival.envelope
@@ -134,7 +135,7 @@ class Talk:
                     repeated.add(node)
                     pending |= self._push({node: again(node)}, end_s - self._clock())
                 else:
-                    accepted += self._judge(node, envelope, accept)
+                    self._judge(node, envelope, accept)
             pause_s = _SHORTEST_POLL_S if arrivals else min(pause_s * 1.5, _LONGEST_POLL_S)
             if pending and not arrivals:
                 self._sleep(min(pause_s, max(end_s - self._clock(), 0.0)))
@@ -146,21 +147,18 @@ class Talk:
         ids = self._transport.push(list(messages.items()), max(timeout_s, 1.0) + _TTL_MARGIN_S, self._group)
         return dict(zip(ids, messages, strict=True))
 
-    def _judge(self, node: int, envelope: Envelope, accept: Callable[[int, Envelope], None]) -> bool:
+    def _judge(self, node: int, envelope: Envelope, accept: Callable[[int, Envelope], None]) -> None:
         try:
             if envelope.kind == "decline":
                 self.tally.declined[node] = unseal(envelope, Decline)
-                return False
-            accept(node, envelope)
+            else:
+                accept(node, envelope)
         except Refused as error:
             self.tally.refused[node] = error.reason.value
         except MessageError:
             self.tally.refused[node] = Refusal.MALFORMED.value
         except SignatureError:
             self.tally.refused[node] = "signature"
-        else:
-            return True
-        return False
 
 
 def _lacks_factors(envelope: Envelope) -> bool:

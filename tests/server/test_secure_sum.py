@@ -291,6 +291,15 @@ def test_the_sum_closes_early_when_enough_are_in() -> None:
     assert np.array_equal(result.sums, plain_sum(folded))
 
 
+def test_closing_early_waits_until_every_segment_can_be_opened() -> None:
+    devices = make_devices([2] * 9 + [8] * 3)
+    for order in range(4):
+        result = run(Cohort(devices, shuffle=order), replace(SETTINGS, enough=1), session_seed=bytes([order]))
+        assert isinstance(result, SecureSum)
+        assert min(result.contributors) >= 2 and len(result.updates) >= 8
+        assert np.array_equal(result.sums, plain_sum([device for device in devices if device.node in result.updates]))
+
+
 def test_noise_of_all_devices_adds_up_and_has_room() -> None:
     devices = make_devices([8] * 64, weight_cap=1)
     for device in devices:
