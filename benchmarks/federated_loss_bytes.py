@@ -43,8 +43,10 @@ def main() -> int:
         base, loss = pretrained_base(setting.shape, public, steps, 0, device)
         print(f"base: {steps} steps, loss {loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
         write_base(base, options.out / "base.safetensors")
-    planned = plan.STAGES["tiny" if options.tiny else options.stage]()
-    records = _run_all(planned, setting, base, options, began)
+    earlier = report.read_records(options.records) if options.records else []
+    known = {record.run for record in earlier}
+    planned = [run for run in plan.STAGES["tiny" if options.tiny else options.stage]() if run not in known]
+    records = _run_all(planned, setting, base, options, began, earlier)
     table = report.tables(records)
     (options.out / "tables.md").write_text(table, encoding="utf-8")
     print(table)
@@ -52,9 +54,15 @@ def main() -> int:
 
 
 def _run_all(
-    planned: list[Run], setting: Setting, base: Base, options: argparse.Namespace, began: float
+    planned: list[Run],
+    setting: Setting,
+    base: Base,
+    options: argparse.Namespace,
+    began: float,
+    earlier: list[Record],
 ) -> list[Record]:
-    records: list[Record] = []
+    """Earlier records and those of every group that the time allows."""
+    records = list(earlier)
     device, shape = base.embedding.device, setting.shape
     windows = 1 if options.tiny else _WINDOWS
     names = dict.fromkeys(run.federation for run in planned)
@@ -116,8 +124,14 @@ def _setting(options: argparse.Namespace, device: torch.device) -> tuple[Setting
         return Setting(Shape(), averages=_AVERAGES), _PRETRAINING_STEPS
     if not options.compile:
         return Setting(Shape(), dtype=torch.float16, averages=_AVERAGES), _PRETRAINING_STEPS
-    pieces = [torch.compile(piece, dynamic=False) for piece in (decoder_block, head_losses, adam_step)]
-    setting = Setting(Shape(), 10, 8, torch.float16, *pieces, averages=_AVERAGES)
+    setting = Setting(
+        Shape(),
+        dtype=torch.float16,
+        block=torch.compile(decoder_block, dynamic=False),
+        head=torch.compile(head_losses, dynamic=False),
+        update=torch.compile(adam_step, dynamic=False),
+        averages=_AVERAGES,
+    )
     return setting, _PRETRAINING_STEPS
 
 
@@ -135,6 +149,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stage", choices=sorted(plan.STAGES), default="explore")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="where the texts lie")
     parser.add_argument("--base", type=Path, help="a base.safetensors of an earlier stage; trained anew without")
+    parser.add_argument("--records", type=Path, help="records.json of the same stage and base: runs in it are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/federated_trial"))
     parser.add_argument("--limit-s", type=float, default=500.0, help="start nothing that would not end by then")
     parser.add_argument("--group", type=int, default=_GROUP, help="runs in one batch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+COHORT = 10
 PHASES = ("both", "alternating", "auto", "ffa", "core", "stack")
 
 

@@ -196,8 +196,9 @@ def _table_docs_ten() -> Iterator[Run]:
 def _table_docs_hundred() -> Iterator[Run]:
     yield from runs([FEDIT], [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3], (1,), "docs", 100)
     yield from runs([_OURS_4], [1.25e-4, 2.5e-4, 5e-4], (1,), "docs", 100)
-    yield from runs([_MILD_4], [2.5e-4, 5e-4], (1,), "docs", 100)
-    yield from runs([_TURNS_4], [5e-4], (1,), "docs", 100)
+    turns_swift = replace(_OURS_4, name=f"alternating 5, {_OURS_4.name}", phases="alternating", block_rounds=5)
+    yield from runs([_TURNS_4], [5e-4, 1e-3], (1,), "docs", 100)
+    yield from runs([turns_swift], [5e-4], (1,), "docs", 100)
     yield from runs([_OURS_8], [2.5e-4], (1,), "docs", 100)
 
 

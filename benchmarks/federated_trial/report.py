@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from benchmarks.federated_trial.methods import COHORT, Method, Run
 from benchmarks.federated_trial.rounds import Record
 
 REFERENCE = "FedIT fp32"
@@ -57,6 +58,16 @@ class Curve:
 def write_records(records: Sequence[Record], path: Path) -> None:
     """All records as JSON."""
     path.write_text(json.dumps([asdict(record) for record in records]), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of an earlier stage, which ``write_records`` wrote."""
+    found = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        method = Method(**entry["run"].pop("method"))
+        averaged = {int(decay): losses for decay, losses in entry.pop("averaged").items()}
+        found.append(Record(Run(method=method, **entry.pop("run")), averaged=averaged, **entry))
+    return found
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -141,7 +152,7 @@ def _table(found: list[Curve]) -> str:
 def _row(curve: Curve, bar: dict[int, float], reference: Curve | None) -> str:
     target = target_of(curve, bar)
     needed, spent = curve.rounds_to(target), curve.bytes_to(target)
-    per_client = _means(curve.total_bytes)[-1] / len(curve.dispersions) / 10 / 1e3
+    per_client = _means(curve.total_bytes)[-1] / len(curve.dispersions) / COHORT / 1e3
     spread = " ".join(f"{curve.dispersions[min(i, len(curve.dispersions)) - 1]:.2f}" for i in (5, 30, 60))
     reached = "- | - | -"
     if needed and reference:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.federated_trial.adapters import Adapter
-from benchmarks.federated_trial.methods import Run, phase_of
+from benchmarks.federated_trial.methods import COHORT, Run, phase_of
 from benchmarks.federated_trial.model import Base, Block, Shape, decoder_block, head_losses, window_losses
 from benchmarks.federated_trial.serving import (
     Server,
@@ -53,7 +53,7 @@ class Setting:
     """What all runs of a trial share."""
 
     shape: Shape
-    cohort: int = 10
+    cohort: int = COHORT
     batch: int = 8
     dtype: torch.dtype = torch.float32
     block: Block = decoder_block

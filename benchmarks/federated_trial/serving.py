@@ -112,7 +112,7 @@ def received_bytes(server: Server, cohort: Tensor) -> int:
     for client in cohort.tolist():
         total += HEADER_BYTES
         for part, newest in server.versions.items():
-            total += _missed_bytes(server, part, server.held[part][client])
+            total += _missed_bytes(server, part, server.held[part][client], len(cohort))
             server.held[part][client] = newest
     return total
 
@@ -177,14 +177,14 @@ def _seeded(adapter: Adapter, seed: int, round_index: int, device: torch.device)
     return adapter.initial(torch.Generator().manual_seed(1000 + seed + 7919 * round_index)).to(device)
 
 
-def _missed_bytes(server: Server, part: str, held: int) -> int:
+def _missed_bytes(server: Server, part: str, held: int, cohort_size: int) -> int:
     newest, where = server.versions[part], server.parts[part]
     if held == newest:
         return 0
     size = where.stop - where.start
     if server.method.phases == "stack":
         # Every cohort's factors since, or the dense update of the base, whichever is less; of both parts once.
-        cohort_bytes = 10 * encoded_bytes(size, server.method.up) * (newest - held)
+        cohort_bytes = cohort_size * encoded_bytes(size, server.method.up) * (newest - held)
         dense = sum(linear.numel() for linear in server.linears) // len(server.parts)
         return min(cohort_bytes, encoded_bytes(dense, server.method.up))
     if server.method.down == "chain":

@@ -240,6 +240,24 @@ def test_the_table_counts_bytes_until_each_methods_own_seeds_reach_the_reference
     assert "| 1 (1) | 0.0 | 20.00x |" in ours
 
 
+def test_records_survive_a_file_and_name_the_runs_they_hold(tmp_path):
+    written = [record("FedIT fp32", 1, [3.0, 2.0, float("inf")], 100)]
+    report.write_records(written, tmp_path / "records.json")
+    (read,) = report.read_records(tmp_path / "records.json")
+    assert read == written[0]
+    assert read.run in {written[0].run}
+
+
+def test_stacking_pays_for_every_factor_missed_or_the_dense_base(base):
+    server = start_server(Method("s", phases="stack", up="fp16"), LORA, base.linears, 4, 0, torch.device("cpu"))
+    values = len(server.state)
+    broadcast(server, ("a", "b"), 0)
+    assert received_bytes(server, torch.tensor([0])) == HEADER_BYTES + 2 * values
+    broadcast(server, ("a", "b"), 49)
+    dense = sum(linear.numel() for linear in base.linears)
+    assert received_bytes(server, torch.tensor([0])) == HEADER_BYTES + 2 * dense
+
+
 def test_a_running_mean_weighs_late_states_and_forgets_the_start(base):
     server = start_server(Method("x"), LORA, base.linears, 2, 0, torch.device("cpu"), (6,))
     states = [float(i) for i in range(1, 30)]
