@@ -15,8 +15,8 @@ from typing import Any
 
 from edge_runtime.formats.layout import GROUPS, Phase
 from server.collecting import Collected, Folding, Work, message_bytes, needs_factors, plan_for
-from server.committing import commit_round
-from server.federation import Federation, write_candidate
+from server.committing import commit_round, offer_candidate
+from server.federation import Federation
 from server.gates import Refusal
 from server.greeting import Greeter
 from server.plan import choose_phase
@@ -76,9 +76,7 @@ def run_buffered(
             buffer.folding.close()
             commit_round(federation, buffer.collected, buffer.asked, buffer.folding.work, buffer.reason, buffer.apart)
             report(federation.record)
-            every = config.candidate_every
-            if federation.number == config.rounds or (every and federation.number % every == 0):
-                write_candidate(federation, federation.record["held_out_loss"])
+            offer_candidate(federation)
             buffer = _open_buffer(federation)
         elif federation.clock() - heard_s > config.cohort.patience_s + config.cohort.longest_deadline_s:
             return False

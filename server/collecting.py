@@ -191,7 +191,6 @@ class Folding:
     def close(self) -> None:
         """Mean, dispersion and the largest share that one device has in a segment."""
         collected, used = self.collected, [accumulator for accumulator in self.sums if accumulator.count]
-        self.federation.norm_gate.accept(self.work.phase.value, collected.norms)
         if not used:
             return
         collected.mean = used[0].mean() if len(self.sums) == 1 else group_median(used)

@@ -15,7 +15,7 @@ from edge_runtime.formats.layout import Phase
 from edge_runtime.formats.messages import Score
 from server.aggregation import Mean
 from server.collecting import Collected, Conversation, Work, needs_factors
-from server.federation import Federation, adapter_digest, save_federation, write_devices
+from server.federation import Federation, adapter_digest, save_federation, write_candidate, write_devices
 from server.plan import Drift, make_score_plan
 from server.selection import Device
 
@@ -39,24 +39,56 @@ def commit_round(
         raise ValueError("a round without an update cannot be committed")
     started_s, number = federation.clock(), work.number
     norm = _apply(federation, collected.mean, work.phase)
+    federation.norm_gate.accept(work.phase.value, collected.norms)
     for device, update in collected.folded:
         device.folded_plan = update.plan_id
     federation.number = number
     federation.drift = Drift(work.phase, collected.dispersion, apart)
     federation.record = _record(federation, collected, planned, work, reason, norm)
     save_federation(federation)
-    collected.seconds["commit"] = federation.clock() - started_s
-    if (every := federation.config.evaluation.every) and number % every == 0:
-        federation.record["held_out_loss"] = evaluate(federation, [device for device, _ in collected.folded])
-    federation.record["seconds"] = {name: round(value, 4) for name, value in collected.seconds.items()}
-    federation.ledger.append(federation.record)
-    write_devices(federation)
+    federation.record["seconds"]["commit"] = round(federation.clock() - started_s, 4)
+    _tell(federation, [device for device, _ in collected.folded])
 
 
-def evaluate(federation: Federation, devices: Sequence[Device]) -> float | None:
-    """Mean held-out loss of the committed adapter on the given devices' own text, nats a token; None: no answer."""
+def finish_interrupted(federation: Federation, devices: Sequence[Device]) -> bool:
+    """Do what a server that died after a round's checkpoint had left to do for it, before the next round.
+
+    Args:
+        federation: Resumed.
+        devices: Connected now; those whose update is in the round evaluate it.
+
+    Returns:
+        Whether the round's record was missing in the ledger.
+    """
+    number, records = federation.number, federation.ledger.records()
+    told = [record for record in records if record.get("event") == "round" and record["round"] == number]
+    if told:
+        federation.record = told[-1]
+    elif number:
+        folded = [device for device in devices if (device.last_round, device.last_outcome) == (number, "folded")]
+        _tell(federation, folded)
+    if number and not any(record.get("event") == "candidate" and record["round"] == number for record in records):
+        offer_candidate(federation)
+    return bool(number) and not told
+
+
+def offer_candidate(federation: Federation) -> None:
+    """Write the committed adapter for the gate, when its round is one for it."""
+    number, every = federation.number, federation.config.candidate_every
+    if number == federation.config.rounds or (every and number % every == 0):
+        write_candidate(federation, federation.record["held_out_loss"])
+
+
+def evaluate(federation: Federation, devices: Sequence[Device], counted: Collected) -> float | None:
+    """Mean held-out loss of the committed adapter on the given devices' own text, nats a token; None: no answer.
+
+    Args:
+        federation: Between two rounds.
+        devices: Those to ask.
+        counted: Its bytes grow: whoever evaluates an adapter holds it then, and the next plan is smaller by it.
+    """
     config, state, number = federation.config, federation.state, federation.number
-    talk = Conversation(federation, Collected(), f"score-{number}", config.cohort.shortest_deadline_s)
+    talk = Conversation(federation, counted, f"score-{number}", config.cohort.shortest_deadline_s)
     talk.send([(device, make_score_plan(config, state, device, number)) for device in devices])
     loss_sum, tokens = 0.0, 0
     scores = []
@@ -70,11 +102,26 @@ def evaluate(federation: Federation, devices: Sequence[Device]) -> float | None:
         except MessageError as error:
             log.warning("score of %s refused: %s", device.name, error)
             continue
+        if score.round != number:
+            log.warning("score of %s refused: of round %d", device.name, score.round)
+            continue
         device.held = state.versions
         scores.append((device.name, score))
     for _, score in sorted(scores, key=lambda entry: entry[0]):
         loss_sum, tokens = loss_sum + score.loss_sum, tokens + score.tokens
     return round(loss_sum / tokens, 6) if tokens else None
+
+
+def _tell(federation: Federation, folded: Sequence[Device]) -> None:
+    """Evaluate a committed round when it is due, and write its record."""
+    record, every = federation.record, federation.config.evaluation.every
+    if every and federation.number % every == 0:
+        counted = Collected()
+        record["held_out_loss"] = evaluate(federation, folded, counted)
+        record["bytes_up"] += counted.bytes_up
+        record["bytes_down"] += counted.bytes_down
+    federation.ledger.append(record)
+    write_devices(federation)
 
 
 def _apply(federation: Federation, mean: Mean, phase: Phase) -> float:
@@ -117,7 +164,7 @@ def _record(
         "dispersion": round(collected.dispersion, 6),
         "update_norm": norm,
         "epsilon": None,
-        "seconds": {},
+        "seconds": {name: round(value, 4) for name, value in collected.seconds.items()},
         "versions": federation.state.versions,
         "adapter_sha256": adapter_digest(federation),
         "time": federation.clock(),

@@ -109,9 +109,6 @@ def open_federation(
         federation.ledger.append({"event": "start", "time": clock(), "layout_digest": layout.digest})
         return federation
     _restore(federation, *found)
-    recorded = [record["round"] for record in federation.ledger.records() if record.get("event") == "round"]
-    if federation.record and federation.number not in recorded[-2:]:
-        federation.ledger.append(federation.record)  # the checkpoint was durable, the ledger's line was not
     federation.ledger.append({"event": "resume", "time": clock(), "round": federation.number})
     log.info("resumed after round %d", federation.number)
     return federation

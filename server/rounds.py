@@ -14,9 +14,9 @@ from typing import Any
 from edge_runtime.formats.errors import SevenfoldError
 from edge_runtime.formats.layout import Phase
 from server.buffered import run_buffered
-from server.collecting import Work, collect_plain
-from server.committing import commit_round, evaluate
-from server.federation import Federation, new_optimizer, write_candidate, write_devices
+from server.collecting import Collected, Work, collect_plain
+from server.committing import commit_round, evaluate, finish_interrupted, offer_candidate
+from server.federation import Federation, new_optimizer, write_devices
 from server.gates import Refusal
 from server.greeting import Greeter
 from server.masked import collect_masked
@@ -45,16 +45,16 @@ def run_federation(federation: Federation, report: Callable[[Mapping[str, Any]],
     config, greeter = federation.config, Greeter()
     devices = greeter.wait_for(federation, config.cohort.size, config.cohort.patience_s)
     if federation.number == 0 and config.evaluation.every:
-        loss = evaluate(federation, devices)
+        loss = evaluate(federation, devices, Collected())
         federation.ledger.append({"event": "baseline", "time": federation.clock(), "held_out_loss": loss})
+    if finish_interrupted(federation, devices):
+        report(federation.record)
     if config.mode.name == "buffered" and not run_buffered(federation, greeter, report):
         raise FederationError(f"round {federation.number + 1}: no device answered; `resume` when devices are back")
     while federation.number < config.rounds:
         _one_round(federation, greeter)
         report(federation.record)
-        every = config.candidate_every
-        if federation.number == config.rounds or (every and federation.number % every == 0):
-            write_candidate(federation, federation.record["held_out_loss"])
+        offer_candidate(federation)
     federation.ledger.append({"event": "end", "time": federation.clock(), "round": federation.number})
 
 
@@ -83,7 +83,7 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
                 if config.secure.enabled
                 else collect_plain(federation, cohort, work)
             )
-            if len(collected.folded) >= config.cohort.quorum:
+            if collected.mean is not None and len(collected.folded) >= config.cohort.quorum:
                 commit_round(federation, collected, len(cohort), work, reason, apart)
                 return
             why = f"{len(collected.folded)} of {config.cohort.quorum} updates"
