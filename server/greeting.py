@@ -13,52 +13,67 @@ from server.selection import Device, device_from_profile
 from server.transport import Arrival
 
 HELLO_TTL_S = 600.0
+ANSWER_S = 10.0  # a greeting that is older is waited for no longer, though its answer still counts
 _POLL_S = 0.2
+_NEVER = (Reason.BASE, Reason.LAYOUT, Reason.INVALID)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Greeter:
-    """Greets each node once a run.
+    """Greets each node once a run; one that failed, or said "not now", again after a while.
 
     Attributes:
         waiting: message_id of an unanswered greeting to its node.
         known: Node to the device's name.
         turned_away: Nodes that cannot take part, and why.
+        asked_s: Clock time of the last greetings.
+        again_s: Node to the clock time before which it is not greeted again.
     """
 
     waiting: dict[str, int] = field(default_factory=dict)
     known: dict[int, str] = field(default_factory=dict)
     turned_away: dict[int, str] = field(default_factory=dict)
+    asked_s: float = 0.0
+    again_s: dict[int, float] = field(default_factory=dict)
 
     def present(self, federation: Federation) -> list[Device]:
-        """Devices that are connected now and may be selected; new ones are greeted on the way."""
-        connected = federation.transport.nodes()
+        """Devices that are connected now and may be selected; new ones are greeted on the way.
+
+        A device that is connected as two nodes is there once, as the node that answered last.
+        """
+        connected, now_s = federation.transport.nodes(), federation.clock()
         greeted = set(self.known) | set(self.turned_away) | set(self.waiting.values())
-        new = [node for node in connected if node not in greeted]
+        new = [node for node in connected if node not in greeted and self.again_s.get(node, now_s) <= now_s]
         if new:
             envelope = seal(hello(federation.config.name, federation.layout))
             ids = federation.transport.push([(node, envelope) for node in new], HELLO_TTL_S, "hello")
             self.waiting |= dict(zip(ids, new, strict=True))
+            self.asked_s = now_s
         if self.waiting:
             for arrival in federation.transport.pull(list(self.waiting)):
                 self._take(federation, arrival)
-        return [federation.devices[self.known[node]] for node in connected if node in self.known]
+        devices = {node: federation.devices[self.known[node]] for node in connected if node in self.known}
+        return [device for node, device in devices.items() if device.node == node]
 
     def wait_for(self, federation: Federation, enough: int, patience_s: float) -> list[Device]:
-        """As ``present``, but wait until ``enough`` devices are there, every greeting is answered, or time is up."""
+        """As ``present``, but wait until ``enough`` are there and new greetings had time to be answered, or time is up."""
         end_s = federation.clock() + patience_s
         while True:
             devices = self.present(federation)
-            if (len(devices) >= enough and not self.waiting) or federation.clock() >= end_s:
+            now_s = federation.clock()
+            answered = not self.waiting or now_s >= self.asked_s + ANSWER_S
+            if (len(devices) >= enough and answered) or now_s >= end_s:
                 return devices
             federation.sleep(_POLL_S)
 
     def _take(self, federation: Federation, arrival: Arrival) -> None:
         node = self.waiting.pop(arrival.message_id)
-        if arrival.envelope is None:
-            log.info("node %d did not answer the greeting (%s); it will be greeted again", node, arrival.error)
+        pause_s = ANSWER_S if arrival.envelope is None else _pause_s(arrival.envelope)
+        if arrival.envelope is None or pause_s:
+            self.again_s[node] = federation.clock() + pause_s
+            log.info("node %d cannot answer the greeting now (%s); it will be greeted again", node, arrival.error)
             return
         reason, profile = _judge(federation, node, arrival.envelope)
         if profile is None:
@@ -72,6 +87,17 @@ class Greeter:
         federation.devices[profile.device] = device_from_profile(node, profile, federation.layout, known)
         self.known[node] = profile.device
         write_devices(federation)
+
+
+def _pause_s(envelope: Envelope) -> float:
+    """Seconds after which to greet a device again that declined for now; 0: it did not."""
+    if envelope.kind != "decline":
+        return 0.0
+    try:
+        decline = unseal(envelope, Decline)
+    except MessageError:
+        return 0.0
+    return 0.0 if decline.reason in _NEVER else max(decline.retry_after_s, ANSWER_S)
 
 
 def _judge(federation: Federation, node: int, envelope: Envelope) -> tuple[str, Profile | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +76,7 @@ def select_cohort(
     """
     ready = [device for device in devices if device.not_before_s <= now_s and device.sequences > 0]
     ready.sort(key=lambda device: (device.name in last, _draw(config.seed, number, device.name)))
-    return ready[: math.ceil(config.cohort.size * config.cohort.over_selection)]
+    return ready[: config.cohort.selected]
 
 
 def choose_deadline_s(config: FederationConfig, cohort: Iterable[Device]) -> float:
