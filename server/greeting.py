@@ -58,7 +58,7 @@ class Greeter:
         return [device for node, device in devices.items() if device.node == node]
 
     def wait_for(self, federation: Federation, enough: int, patience_s: float) -> list[Device]:
-        """As ``present``, but wait until ``enough`` are there and new greetings had time to be answered, or time is up."""
+        """As ``present``, but wait until ``enough`` are there and new greetings had time, or time is up."""
         end_s = federation.clock() + patience_s
         while True:
             devices = self.present(federation)
