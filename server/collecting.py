@@ -193,7 +193,7 @@ class Folding:
         collected, used = self.collected, [accumulator for accumulator in self.sums if accumulator.count]
         if not used:
             return
-        collected.mean = used[0].mean() if len(self.sums) == 1 else group_median(used)
+        collected.mean = used[0].mean() if len(self.sums) == 1 else group_median(self.sums)
         for accumulator in used[1:]:
             used[0].merge(accumulator)
         collected.dispersion = used[0].dispersion()
