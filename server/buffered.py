@@ -16,7 +16,7 @@ from typing import Any
 from edge_runtime.formats.layout import GROUPS, Phase
 from server.collecting import Collected, Folding, Work, message_bytes, needs_factors, plan_for
 from server.committing import commit_round, offer_candidate
-from server.federation import Federation
+from server.federation import Federation, change_basis
 from server.gates import Refusal
 from server.greeting import Greeter
 from server.plan import choose_phase
@@ -25,6 +25,7 @@ from server.transport import Arrival
 
 WEIGHT_UNIT = 16  # weights stay whole numbers after they are discounted
 _POLL_S = 0.05
+_PAUSE_S = 10.0  # before a device that gave no update is asked again
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +62,18 @@ def run_buffered(
     """Commit until the last round.
 
     Returns:
-        Whether it got there; False when no device answered for as long as the configuration is patient.
+        Whether it got there; False when no update came for as long as the configuration is patient.
     """
     config, under_way = federation.config, dict[str, _Asked]()
     buffer, heard_s = _open_buffer(federation), federation.clock()
     while federation.number < config.rounds:
         _fill(federation, greeter, buffer, under_way)
         arrivals = federation.transport.pull(list(under_way))
+        before = len(buffer.collected.folded)
         for arrival in arrivals:
             _take(federation, buffer, under_way, arrival)
         _drop_overdue(federation, buffer, under_way)
-        heard_s = federation.clock() if arrivals else heard_s
+        heard_s = federation.clock() if len(buffer.collected.folded) > before else heard_s
         if len(buffer.collected.folded) >= config.mode.buffer:
             buffer.folding.close()
             commit_round(federation, buffer.collected, buffer.asked, buffer.folding.work, buffer.reason, buffer.apart)
@@ -93,6 +95,7 @@ def discounted(weight: int, staleness: int) -> int:
 def _open_buffer(federation: Federation) -> _Buffer:
     number = federation.number + 1
     phase, reason, apart = choose_phase(federation.config, number, federation.drift)
+    change_basis(federation, phase)
     work = Work(number, 0, phase, federation.config.cohort.longest_deadline_s, federation.state.versions)
     collected = Collected()
     return _Buffer(federation, collected, Folding(federation, collected, [], work), reason, apart)
@@ -140,7 +143,13 @@ def _take(federation: Federation, buffer: _Buffer, under_way: dict[str, _Asked],
         if work.phase is not buffer.phase or _frozen_changed(federation, asked):
             buffer.folding.refuse(device, work, Refusal.VERSION)
             return
+    folded = len(buffer.collected.folded)
     buffer.folding.take(device, work, arrival, lambda weight: discounted(weight, staleness))
+    if len(buffer.collected.folded) > folded:
+        # Its next plan may come before the commit; without this it would add the older residual a second time.
+        device.folded_plan = buffer.collected.folded[-1][1].plan_id
+    else:
+        device.not_before_s = max(device.not_before_s, federation.clock() + _PAUSE_S)
 
 
 def _frozen_changed(federation: Federation, asked: _Asked) -> bool:

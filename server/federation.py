@@ -120,6 +120,17 @@ def new_optimizer(config: FederationConfig) -> ServerOptimizer:
     return make_optimizer(chosen.name, chosen.learning_rate, chosen.momentum, chosen.beta2, chosen.epsilon)
 
 
+def change_basis(federation: Federation, phase: Phase) -> None:
+    """Enter or leave the core phase; a repeated attempt finds it done."""
+    inside = "core" in federation.state.snapshots
+    if phase is Phase.CORE and not inside:
+        federation.state.enter_core()
+        federation.optimizer = new_optimizer(federation.config)  # moments of another basis mean nothing
+    elif phase is not Phase.CORE and inside:
+        federation.state.leave_core()
+        federation.optimizer = new_optimizer(federation.config)  # moments of another basis mean nothing
+
+
 def save_federation(federation: Federation) -> None:
     """Make the committed round durable; what comes after may be lost and is then done again."""
     optimizer = {f"{_OPTIMIZER}{name}": value for name, value in federation.optimizer.state().items()}

@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edge_runtime.formats.errors import SevenfoldError
-from edge_runtime.formats.layout import Phase
 from server.buffered import run_buffered
 from server.collecting import Collected, Work, collect_plain
 from server.committing import commit_round, evaluate, finish_interrupted, offer_candidate
-from server.federation import Federation, new_optimizer, write_devices
+from server.federation import Federation, change_basis, write_devices
 from server.gates import Refusal
 from server.greeting import Greeter
 from server.masked import collect_masked
@@ -66,7 +65,7 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
         devices = greeter.wait_for(federation, config.cohort.quorum, config.cohort.patience_s)
         cohort = select_cohort(config, number, devices, federation.clock(), failed)
         if len(cohort) < config.cohort.quorum:
-            _wait_for_declined(federation, devices)
+            _wait_for_declined(federation, devices, config.cohort.quorum - len(cohort))
             cohort = select_cohort(config, number, devices, federation.clock())
         if len(cohort) >= config.cohort.quorum:
             phase, reason, apart = choose_phase(config, number, federation.drift)
@@ -116,20 +115,9 @@ def _attempt(federation: Federation, number: int, attempt: int) -> int:
     return attempt
 
 
-def change_basis(federation: Federation, phase: Phase) -> None:
-    """Enter or leave the core phase; a repeated attempt finds it done."""
-    inside = "core" in federation.state.snapshots
-    if phase is Phase.CORE and not inside:
-        federation.state.enter_core()
-        federation.optimizer = new_optimizer(federation.config)  # moments of another basis mean nothing
-    elif phase is not Phase.CORE and inside:
-        federation.state.leave_core()
-        federation.optimizer = new_optimizer(federation.config)  # moments of another basis mean nothing
-
-
-def _wait_for_declined(federation: Federation, devices: list[Device]) -> None:
-    """Sleep until the devices that asked for a pause may be called again, at most as long as we are patient."""
+def _wait_for_declined(federation: Federation, devices: list[Device], missing: int) -> None:
+    """Sleep until so many of the devices that asked for a pause may be called again, at most as long as we wait."""
     now_s = federation.clock()
     pauses = sorted(device.not_before_s - now_s for device in devices if device.not_before_s > now_s)
     if pauses:
-        federation.sleep(min(pauses[-1], federation.config.cohort.patience_s))
+        federation.sleep(min(pauses[: max(missing, 1)][-1], federation.config.cohort.patience_s))
