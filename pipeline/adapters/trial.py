@@ -6,7 +6,6 @@ sequences (Koehn, "Statistical significance tests for machine translation evalua
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.backends import open_backend
 from edge_runtime.backends.base import Backend
-from edge_runtime.formats.errors import UserError
+from edge_runtime.formats.errors import BackendError, UserError
 from edge_runtime.formats.lora import Adapter
 from edge_runtime.formats.package import Package
 from pipeline.config import GateConfig
@@ -54,7 +53,8 @@ class Verdict:
         gains: By container.
         agreement: TFLite's logits against ONNX's with the candidate: ``rms_ratio`` of the worst sequence, ``top1``
             over all positions; empty when the package has no such container here.
-        reasons: Why the candidate must not become champion; empty when it may.
+        reasons: Why the candidate must not become champion; empty when it may. A candidate with which a runtime
+            gives no usable logits has no figures, only this.
     """
 
     sequences: int
@@ -63,13 +63,14 @@ class Verdict:
     reasons: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a report; what is not finite is None."""
-        gains = {name: {key: _plain(value) for key, value in asdict(gain).items()} for name, gain in self.gains.items()}
-        agreement = {key: _plain(value) for key, value in self.agreement.items()}
+        """Plain numbers for a report."""
         return {
-            "passed": not self.reasons, "reasons": list(self.reasons), "sequences": self.sequences,
-            "containers": gains, "agreement": agreement,
-        }  # fmt: skip
+            "passed": not self.reasons,
+            "reasons": list(self.reasons),
+            "sequences": self.sequences,
+            "containers": {name: _rounded(asdict(gain)) for name, gain in self.gains.items()},
+            "agreement": _rounded(self.agreement),
+        }
 
 
 def judge(
@@ -94,7 +95,10 @@ def judge(
         reference = base
         if champion is not None:
             reference = {name: _losses(backend, champion, sequences) for name, backend in backends.items()}
-        found, agreement = _try(backends, candidate, sequences)
+        try:
+            found, agreement = _try(backends, candidate, sequences)
+        except BackendError as error:  # the same files answered without it
+            return Verdict(len(sequences), {}, {}, (f"with the candidate, {error}",))
     gains = {name: _gain(base[name], reference[name], found[name], gate, seed) for name in containers}
     return Verdict(len(sequences), gains, agreement, tuple(_reasons(gains, agreement, gate, champion is not None)))
 
@@ -116,9 +120,7 @@ def _losses(backend: Backend, adapter: Adapter | None, sequences: NDArray[np.int
 
 
 def _mean_loss(logits: FloatArray, tokens: NDArray[np.int32]) -> float:
-    """Mean of ``-log p`` over every token but the first; logits (T, V). Not finite when a logit is not."""
-    if not np.isfinite(logits).all():
-        return math.nan
+    """Mean of ``-log p`` over every token but the first; logits (T, V)."""
     largest = logits[:-1].max(axis=1, keepdims=True)
     log_total = np.log(np.exp(logits[:-1] - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
     return float((log_total - logits[np.arange(len(tokens) - 1), tokens[1:]]).mean())
@@ -134,13 +136,12 @@ def _try(
     for tokens, *rows in zip(sequences, *streams, strict=True):
         for name, logits in zip(backends, rows, strict=True):
             losses[name].append(_mean_loss(logits, tokens))
-        if len(rows) == 2 and all(np.isfinite(logits).all() for logits in rows):
+        if len(rows) == 2:
             parities.append(compare_logits(*rows))
     agreement = {}
-    if len(backends) == 2:
-        whole = len(parities) == len(sequences)
-        agreement["rms_ratio"] = max(parity.rms_ratio for parity in parities) if whole else math.nan
-        agreement["top1"] = float(np.mean([parity.top1 for parity in parities])) if whole else 0.0
+    if parities:
+        agreement["rms_ratio"] = max(parity.rms_ratio for parity in parities)
+        agreement["top1"] = float(np.mean([parity.top1 for parity in parities]))
     return {name: np.array(values) for name, values in losses.items()}, agreement
 
 
@@ -155,9 +156,7 @@ def _logits(backend: Backend, adapter: Adapter | None, sequences: NDArray[np.int
 
 def _gain(base: Losses, reference: Losses, found: Losses, gate: GateConfig, seed: int) -> Gain:
     differences = reference - found
-    low = math.nan
-    if np.isfinite(differences).all():
-        low = lower_bound(differences, confidence=gate.confidence, resamples=gate.resamples, seed=seed)
+    low = lower_bound(differences, confidence=gate.confidence, resamples=gate.resamples, seed=seed)
     return Gain(float(base.mean()), float(reference.mean()), float(found.mean()), float(differences.mean()), low)
 
 
@@ -166,19 +165,17 @@ def _reasons(
 ) -> Iterator[str]:
     other = "the champion" if has_champion else "no adapter"
     for container, gain in gains.items():
-        if not math.isfinite(gain.low):
-            yield f"{container}: losses that are not finite"
-        elif gain.low <= gate.margin:
+        if not gain.low > gate.margin:
             yield (
                 f"{container}: {abs(gain.mean):.4f} nats a token {'better' if gain.mean > 0 else 'worse'} than {other},"
                 f" bound {gain.low:+.4f} at {gate.confidence:.0%} confidence; above {gate.margin:g} is needed"
             )
-    if agreement and not agreement["rms_ratio"] <= gate.agreement_rms_max:
+    if agreement and agreement["rms_ratio"] > gate.agreement_rms_max:
         off, most = agreement["rms_ratio"], gate.agreement_rms_max
         yield f"tflite: logits off onnx's by {off:.4f} of their spread, at most {most}"
     if agreement and agreement["top1"] < gate.agreement_top1_min:
         yield f"tflite: top-1 {agreement['top1']:.4f} of onnx's, at least {gate.agreement_top1_min}"
 
 
-def _plain(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}

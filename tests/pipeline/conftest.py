@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from pipeline import tracking
 from pipeline.config import Config, load_configs
 from pipeline.data.packing import train_tokenizer
 
@@ -88,3 +90,25 @@ def restored_torch() -> Iterator[None]:
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's schema migrations take seconds; every test starts from a copy."""
+    store = tmp_path_factory.mktemp("store")
+    with tracking.open_client(store) as client:
+        client.search_experiments()
+    return store / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_database: Path) -> Path:
+    (tmp_path / "store").mkdir()
+    shutil.copy(empty_database, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def client(store: Path) -> Iterator[Any]:
+    with tracking.open_client(store) as client:
+        yield client

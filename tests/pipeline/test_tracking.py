@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,6 @@ from pipeline import tracking, tracking_ui
 
 ROOT = Path(__file__).resolve().parents[2]
 Register = Callable[..., tracking.RegisterResult]
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's schema migrations take seconds; every test starts from a copy."""
-    store = tmp_path_factory.mktemp("store")
-    with tracking.open_client(store) as client:
-        client.search_experiments()
-    return store / "mlflow.db"
-
-
-@pytest.fixture
-def store(tmp_path: Path, empty_database: Path) -> Path:
-    (tmp_path / "store").mkdir()
-    shutil.copy(empty_database, tmp_path / "store")
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def client(store: Path) -> Iterator[Any]:
-    with tracking.open_client(store) as client:
-        yield client
 
 
 @pytest.fixture
