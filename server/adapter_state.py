@@ -24,6 +24,8 @@ class AdapterState:
         values: What the snapshots decode to, (n,) float32 at rank r_max: the state that devices hold.
         residuals: What encoding kept back, (n,) float32; it enters the next change of the group.
         newest: The largest version so far.
+        averages: Running means of the values, (n,) float32: the adapter that is offered, while devices train on.
+        averaged: Rounds in them.
     """
 
     layout: AdapterLayout
@@ -33,6 +35,8 @@ class AdapterState:
     values: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     residuals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     newest: int = 0
+    averages: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    averaged: int = 0
 
     @property
     def versions(self) -> dict[str, int]:
@@ -43,10 +47,22 @@ class AdapterState:
         """Add a change (n,), and what earlier rounding kept back, to a group."""
         self._put(group, self.values[group] + (self.residuals[group] + change))
 
-    def factors(self) -> Factors:
-        """The factors as devices hold them."""
+    def average(self, decay: float) -> None:
+        """Take the values after a round into the running means, of which the last rounds make up most.
+
+        The weight of round t is (decay + 1) / (t + decay): polynomial-decay averaging, Shamir & Zhang 2013
+        (arXiv:1212.1824), section 4.
+        """
+        self.averaged += 1
+        weight = np.float32((decay + 1.0) / (self.averaged + decay))
+        for group, value in self.values.items():
+            before = self.averages.get(group, value)
+            self.averages[group] = (before + weight * (value - before)).astype(np.float32)
+
+    def factors(self, *, averaged: bool = False) -> Factors:
+        """The factors as devices hold them, or their running means where there are any."""
         groups: Factors = {}
-        for group, vector in self.values.items():
+        for group, vector in (self.values | (self.averages if averaged else {})).items():
             groups |= self.layout.unflatten(vector, (group,), self.layout.max_rank)
         return groups
 
@@ -64,14 +80,22 @@ class AdapterState:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything but numbers, for a checkpoint."""
         raws = {f"raw.{g}": np.frombuffer(s.raw, np.uint8) for g, s in self.snapshots.items()}
-        return raws | {f"residual.{group}": vector for group, vector in self.residuals.items()}
+        residuals = {f"residual.{group}": vector for group, vector in self.residuals.items()}
+        return raws | residuals | {f"average.{group}": vector for group, vector in self.averages.items()}
 
     def numbers(self) -> dict[str, Any]:
         """The rest of a checkpoint, plain JSON."""
         groups = {group: [s.version, s.codec.value] for group, s in self.snapshots.items()}
-        return {"seed": self.seed, "codec": self.codec.value, "newest": self.newest, "groups": groups}
+        return {
+            "seed": self.seed,
+            "codec": self.codec.value,
+            "newest": self.newest,
+            "averaged": self.averaged,
+            "groups": groups,
+        }
 
     def _replace(self, factors: Mapping[str, NDArray[np.float32]], groups: tuple[str, ...]) -> None:
+        self.averages, self.averaged = {}, 0  # means of another basis mean nothing
         for group in groups:
             wanted = self.layout.flatten(factors, (group,), self.layout.max_rank)
             self._put(group, wanted.astype(np.float64))
@@ -99,6 +123,10 @@ def restore_state(
 ) -> AdapterState:
     """Inverse of ``arrays`` and ``numbers``."""
     state = AdapterState(layout, numbers["seed"], Codec(numbers["codec"]), newest=numbers["newest"])
+    state.averaged = numbers["averaged"]
+    for name, vector in arrays.items():
+        if name.startswith("average."):
+            state.averages[name.removeprefix("average.")] = np.asarray(vector, np.float32)
     for group, (version, codec) in numbers["groups"].items():
         raw = arrays[f"raw.{group}"].tobytes()
         state.snapshots[group] = Snapshot(group, version, Codec(codec), raw)

@@ -196,7 +196,9 @@ class Folding:
         collected.mean = used[0].mean() if len(self.sums) == 1 else group_median(self.sums)
         for accumulator in used[1:]:
             used[0].merge(accumulator)
-        collected.dispersion = used[0].dispersion()
+        # Updates without anything in common have 1 - 1 / n: told as a share of that, it means the same in any cohort.
+        count = len(collected.folded)
+        collected.dispersion = min(used[0].dispersion() / (1.0 - 1.0 / count), 1.0) if count > 1 else 0.0
         collected.largest_share = self.largest_weight / min((w for w in used[0].mean().weights if w), default=1)
 
     def _fold(self, device: Device, work: Work, envelope: Envelope, weight: Callable[[int], int]) -> None:

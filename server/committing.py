@@ -43,7 +43,11 @@ def commit_round(
     for device, update in collected.folded:
         device.folded_plan = update.plan_id
     federation.number = number
-    federation.drift = Drift(work.phase, collected.dispersion, apart)
+    last = federation.drift
+    streak = last.streak + 1 if last.phase is work.phase else 1
+    federation.drift = Drift(work.phase, collected.dispersion, apart, streak)
+    if decay := federation.config.optimizer.average:
+        federation.state.average(decay)
     federation.record = _record(federation, collected, planned, work, reason, norm)
     save_federation(federation)
     federation.record["seconds"]["commit"] = round(federation.clock() - started_s, 4)

@@ -54,11 +54,13 @@ class PhasesConfig(_Strict):
     Attributes:
         schedule: ``alternating`` A and B, ``both``, ``ffa`` (B alone), ``core``, or ``auto`` by dispersion.
         warmup_rounds: Rounds at the start that train B alone.
+        turn_rounds: Rounds that a factor is trained before it is the other one's turn.
         dispersion: ``auto`` averages one factor at a time above it; in [0, 1].
     """
 
     schedule: Literal["alternating", "both", "ffa", "core", "auto"]
     warmup_rounds: Annotated[int, Field(ge=0, le=10**6)]
+    turn_rounds: Annotated[int, Field(ge=1, le=10**6)]
     dispersion: Annotated[float, Field(ge=0, le=1)]
 
 
@@ -71,13 +73,14 @@ class CodecConfig(_Strict):
 
 
 class OptimizerConfig(_Strict):
-    """How the server applies the mean update."""
+    """How the server applies the mean update; ``average``: decay of the running mean that is offered (0: none)."""
 
-    name: Literal["fedavg", "fedavgm", "fedadam"]
+    name: Literal["fedavg", "fedavgm", "fedadam", "nesterov"]
     learning_rate: LearningRate
     momentum: Share
     beta2: Share
     epsilon: Annotated[float, Field(gt=0, le=1)]
+    average: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
 class LocalConfig(_Strict):

@@ -139,7 +139,7 @@ def save_federation(federation: Federation) -> None:
         "layout_digest": federation.layout.digest,
         "state": federation.state.numbers(),
         "norms": federation.norm_gate.state(),
-        "drift": [drift.phase and drift.phase.value, drift.dispersion, drift.apart],
+        "drift": [drift.phase and drift.phase.value, drift.dispersion, drift.apart, drift.streak],
         "devices": [device.to_dict() for device in federation.devices.values()],
         "mask_scales": {key: list(scales) for key, scales in federation.mask_scales.items()},
         "record": federation.record,
@@ -154,9 +154,9 @@ def write_devices(federation: Federation) -> None:
 
 
 def write_candidate(federation: Federation, held_out_loss: float | None) -> Path:
-    """The adapter of the last committed round in PEFT's format, for the gate."""
+    """The adapter (the running mean, where one is kept) in PEFT's format, for the gate."""
     layout, target = federation.layout, federation.directory / CANDIDATES / f"{federation.number:06d}"
-    pairs = effective_pairs(layout, federation.state.factors())
+    pairs = effective_pairs(layout, federation.state.factors(averaged=True))
     (target / "candidate.json").unlink(missing_ok=True)  # written last: where it stands, the rest is whole
     save_adapter(target, Adapter(layout.max_rank, layout.scale, pairs, layout.base_digest))
     about = {
@@ -193,7 +193,7 @@ def _restore(federation: Federation, number: int, arrays: Mapping[str, Any], met
         {name.removeprefix(_OPTIMIZER): value for name, value in arrays.items() if name.startswith(_OPTIMIZER)}
     )
     federation.norm_gate.load_state(meta["norms"])
-    phase, dispersion, apart = meta["drift"]
-    federation.drift = Drift(None if phase is None else Phase(phase), dispersion, apart)
+    phase, *rest = meta["drift"]
+    federation.drift = Drift(None if phase is None else Phase(phase), *rest)
     federation.devices = {entry["name"]: Device(**entry) for entry in meta["devices"]}
     federation.mask_scales = {key: tuple(scales) for key, scales in meta["mask_scales"].items()}

@@ -1,4 +1,8 @@
-"""What the server does with the mean update of a round: FedAvg, FedAvgM or FedAdam.
+"""What the server does with the mean update of a round: FedAvg, FedAvgM, FedAdam, or Nesterov's momentum warmed up.
+
+Nesterov (the default; measured in ``benchmarks/README.md``): the momentum is a running mean of the updates, looked
+one step ahead, and momentum and rate grow over the first updates of a group, since early ones would overshoot. Its
+rate is at last twice the learning rate.
 
 Source: Reddi et al. 2021, "Adaptive Federated Optimization" (arXiv:2003.00295), algorithm 2; like there, no bias
 correction, and the second moment starts at epsilon². FedAvgM: Hsu et al. 2019 (arXiv:1909.06335).
@@ -19,13 +23,16 @@ class OptimizerName(StrEnum):
     FEDAVG = "fedavg"
     FEDAVGM = "fedavgm"
     FEDADAM = "fedadam"
+    NESTEROV = "nesterov"
 
 
 _STATE = {
     OptimizerName.FEDAVG: (),
     OptimizerName.FEDAVGM: ("momentum",),
     OptimizerName.FEDADAM: ("momentum", "square"),
+    OptimizerName.NESTEROV: ("momentum", "count"),
 }
+_WARM_UP = 3.0  # updates after which the momentum is half, at most, of what it may become
 
 
 class ServerOptimizer:
@@ -34,7 +41,7 @@ class ServerOptimizer:
     Args:
         name: The rule.
         learning_rate: 1 with FedAvg: the mean itself, bit for bit.
-        momentum: Of FedAvgM; beta1 of FedAdam; in [0, 1).
+        momentum: Of FedAvgM and Nesterov; beta1 of FedAdam; in [0, 1).
         beta2: Of FedAdam, in [0, 1).
         epsilon: Of FedAdam (tau in the paper), positive.
 
@@ -72,11 +79,12 @@ class ServerOptimizer:
         if self.name is OptimizerName.FEDAVG:
             change = mean_delta * self.learning_rate
         else:
-            before = {part: self._part(group, part, mean_delta.size) for part in _STATE[self.name]}
+            sizes = {part: 1 if part == "count" else mean_delta.size for part in _STATE[self.name]}
+            before = {part: self._part(group, part, size) for part, size in sizes.items()}
             after, change = self._advance(before, mean_delta)
             for part, value in after.items():
                 stored = value.astype(np.float32)
-                for stretch in idle:
+                for stretch in idle if part != "count" else ():
                     stored[stretch] = before[part][stretch]
                 self._state[f"{group}.{part}"] = stored
         for stretch in idle:
@@ -111,6 +119,13 @@ class ServerOptimizer:
         self, before: Mapping[str, NDArray[np.float32]], delta: NDArray[np.float64]
     ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
         """(state afterwards, change); float64 throughout, the caller rounds what is kept."""
+        if self.name is OptimizerName.NESTEROV:
+            count = float(before["count"][0])
+            now = min(self.momentum, count / (count + _WARM_UP))
+            momentum = now * before["momentum"].astype(np.float64) + (1.0 - now) * delta
+            rate = self.learning_rate * (1.0 + (now / self.momentum if self.momentum else 0.0))
+            ahead = now * momentum + (1.0 - now) * delta
+            return {"momentum": momentum, "count": np.array([count + 1.0])}, rate * ahead
         momentum = self.momentum * before["momentum"].astype(np.float64)
         if self.name is OptimizerName.FEDAVGM:
             momentum += delta

@@ -21,13 +21,15 @@ class Drift:
 
     Attributes:
         phase: Of the last committed round, or None at the start.
-        dispersion: Of that round's deltas, in [0, 1]: 0 when all devices moved alike.
+        dispersion: Of that round's deltas: 0 when all devices moved alike, 1 when they had nothing in common.
         apart: Whether the rule has separated the factors already.
+        streak: Rounds of this phase in a row.
     """
 
     phase: Phase | None = None
     dispersion: float = 0.0
     apart: bool = False
+    streak: int = 0
 
 
 def choose_phase(config: FederationConfig, number: int, last: Drift) -> tuple[Phase, str, bool]:
@@ -51,7 +53,10 @@ def choose_phase(config: FederationConfig, number: int, last: Drift) -> tuple[Ph
         return _other(last.phase), f"dispersion {last.dispersion:.3f} > {phases.dispersion:g}", True
     if schedule != "auto" and number <= phases.warmup_rounds:
         return Phase.B, "warm-up", True
-    return _other(last.phase), "in turn", True
+    warmed_up = schedule != "auto" and number == phases.warmup_rounds + 1
+    if last.phase in (Phase.A, Phase.B) and last.streak < phases.turn_rounds and not warmed_up:
+        return last.phase, f"{last.streak + 1} of {phases.turn_rounds} in turn", True
+    return _other(last.phase), f"1 of {phases.turn_rounds} in turn", True
 
 
 def plan_id(config: FederationConfig, layout: AdapterLayout, number: int, attempt: int, device: str) -> str:
