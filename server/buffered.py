@@ -49,7 +49,7 @@ class _Buffer:
     reason: str
     apart: bool
     asked: int = 0
-    attempts: dict[str, int] = field(default_factory=dict)
+    asked_by_name: dict[str, int] = field(default_factory=dict)
 
     @property
     def phase(self) -> Phase:
@@ -108,9 +108,9 @@ def _fill(federation: Federation, greeter: Greeter, buffer: _Buffer, under_way: 
     free = [device for device in greeter.present(federation) if device.name not in busy]
     wanted = config.cohort.selected - len(under_way)
     number = federation.number + 1
-    for device in select_cohort(config, number, free, federation.clock(), last=set(buffer.attempts))[: max(wanted, 0)]:
-        attempt = buffer.attempts.get(device.name, -1) + 1
-        buffer.attempts[device.name] = attempt
+    for device in select_cohort(config, number, free, federation.clock(), buffer.asked_by_name)[: max(wanted, 0)]:
+        attempt = buffer.asked_by_name.get(device.name, 0)
+        buffer.asked_by_name[device.name] = attempt + 1
         work = Work(number, attempt, buffer.phase, choose_deadline_s(config, [device]), federation.state.versions)
         _send(federation, buffer, under_way, device, work)
 

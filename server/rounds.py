@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,13 +61,13 @@ def run_federation(federation: Federation, report: Callable[[Mapping[str, Any]],
 def _one_round(federation: Federation, greeter: Greeter) -> None:
     """Attempt the next round until one attempt reaches the quorum."""
     config, number = federation.config, federation.number + 1
-    failed: set[str] = set()
+    failed = Counter[str]()
     for attempt in range(MOST_ATTEMPTS):
         devices = greeter.wait_for(federation, config.cohort.quorum, config.cohort.patience_s)
         cohort = select_cohort(config, number, devices, federation.clock(), failed)
         if len(cohort) < config.cohort.quorum:
             _wait_for_declined(federation, devices, config.cohort.quorum - len(cohort))
-            cohort = select_cohort(config, number, devices, federation.clock())
+            cohort = select_cohort(config, number, devices, federation.clock(), failed)
         if len(cohort) >= config.cohort.quorum:
             phase, reason, apart = choose_phase(config, number, federation.drift)
             change_basis(federation, phase)
@@ -89,7 +90,7 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
             why += (
                 f", declined {dict(collected.declined)}, refused {dict(collected.refused)}, lost {len(collected.lost)}"
             )
-            failed = {device.name for device in cohort} - {device.name for device, _ in collected.folded}
+            failed.update({device.name for device in cohort} - {device.name for device, _ in collected.folded})
             if collected.refused[Refusal.NORM] * 2 > len(cohort):
                 # Most devices moved farther than before: the bound is out of date, not the devices.
                 federation.norm_gate.load_state({})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from edge_runtime.formats.layout import AdapterLayout
@@ -66,16 +67,20 @@ def device_from_profile(node: int, profile: Profile, layout: AdapterLayout, know
 
 
 def select_cohort(
-    config: FederationConfig, number: int, devices: Iterable[Device], now_s: float, last: Collection[str] = ()
+    config: FederationConfig,
+    number: int,
+    devices: Iterable[Device],
+    now_s: float,
+    asked: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Device]:
     """The devices of a round, over-selection included, best first.
 
     Every device draws a number from (seed, round, name); the smallest are taken. The order of two devices does not
-    depend on who else is there, so a repeated round finds the same cohort. Those named in ``last``, who failed an
-    attempt of this round, come after all others.
+    depend on who else is there, so a repeated round finds the same cohort. Those who were ``asked`` for this round
+    so many times already, by name, come after all who were asked less.
     """
     ready = [device for device in devices if device.not_before_s <= now_s and device.sequences > 0]
-    ready.sort(key=lambda device: (device.name in last, _draw(config.seed, number, device.name)))
+    ready.sort(key=lambda device: (asked.get(device.name, 0), _draw(config.seed, number, device.name)))
     return ready[: config.cohort.selected]
 
 
