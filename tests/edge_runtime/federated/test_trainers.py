@@ -256,9 +256,10 @@ def test_a_container_that_is_not_on_this_device_is_refused(make_package: MakePac
         open_trainer("auto", replace(package, available=()), threads=1)
 
 
-def test_auto_takes_torch_where_it_is_installed(make_package: MakePackage, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_trainer("auto", make_package("untied"), threads=1).name == "torch"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("peft", "onnxruntime") else object())
+def test_auto_takes_what_is_installed(make_package: MakePackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_trainer("auto", make_package("untied"), threads=1).name == "onnx"
+    assert open_trainer("auto", make_package("untied", ("torch",)), threads=1).name == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
     assert open_trainer("auto", make_package("untied"), threads=1).name == "tflite"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match="peft"):
