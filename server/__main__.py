@@ -97,7 +97,8 @@ def _add_running(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
     simulate.add_argument("--out", type=Path, metavar="DIR", help="keep ledger and checkpoints here")
     for command in (run, resume, simulate):
         command.add_argument("words", nargs="*", metavar="key=value", help="federation=NAME, and settings")
-    _command(commands, "demo", _demo, "SuperLink and three clients on this machine, to a champion adapter")
+    demo = _command(commands, "demo", _demo, "SuperLink and three clients on this machine, to a champion adapter")
+    demo.add_argument("--page-port", type=_port, default=PAGE_PORT, metavar="N", help="default: %(default)s")
 
 
 def _add_devices(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
@@ -185,7 +186,7 @@ def _simulate(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from server.demo import run_demo
 
-    return run_demo(options.home)
+    return run_demo(options.home, options.page_port)
 
 
 def _enrol(options: argparse.Namespace) -> int:

@@ -56,6 +56,7 @@ def serve_gateway(home: Home, link: SuperLink, host: str, port: int) -> Iterator
         log_level="warning",
         access_log=False,
         lifespan="off",
+        ws="none",
         ssl_certfile=str(home.root / "server.crt"),
         ssl_keyfile=str(home.root / "server.key"),
         limit_concurrency=512,

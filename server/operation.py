@@ -59,7 +59,7 @@ def up(home: Home, port: int | None, page_port: int, hosts: Sequence[str], liste
     named = [listen[0]] if listen and listen[0] not in ("0.0.0.0", "::") else []
     ensure_certificates(home, [*hosts, *named], datetime.now(UTC))
     deaths: list[float] = []
-    with _terminable(), serve_in_background(home, page_port) as page:
+    with terminable(), serve_in_background(home, page_port) as page:
         while True:
             with running_superlink(home, port) as link, _gateway(home, link, listen) as door:
                 _announce(home, link, door, page, again=bool(deaths))
@@ -79,7 +79,7 @@ def run(home: Home, config: FederationConfig, *, fresh: bool) -> int:
         UserError: It has rounds already, or no SuperLink is up.
     """
     directory = home.run(config.name)
-    if _has_rounds(directory):
+    if has_rounds(directory):
         if not fresh:
             raise UserError(
                 "federation", config.name, "a name without rounds",
@@ -97,7 +97,7 @@ def resume(home: Home, name: str, overrides: Sequence[str]) -> int:
     """
     from server.config import config_from_json, with_overrides
 
-    names = [view.name for view in read_federations(home) if _has_rounds(home.run(view.name))]
+    names = [view.name for view in read_federations(home) if has_rounds(home.run(view.name))]
     if name not in names:
         raise UserError(
             "federation", name, ", ".join(names) or "none yet: no federation here has a committed round",
@@ -167,7 +167,7 @@ def page(home: Home, port: int) -> int:
     """Serve the fleet page alone until interrupted."""
     from server.page import serve_in_background
 
-    with _terminable(), serve_in_background(home, port) as address:
+    with terminable(), serve_in_background(home, port) as address:
         print(f"fleet page  {address}", flush=True)
         threading.Event().wait()
     return 0
@@ -182,6 +182,33 @@ def node_commands(home: Home) -> registry.NodeCommands:
     )
 
 
+def apply_registry(home: Home) -> None:
+    """One process at a time tells the SuperLink what the registry says."""
+    home.registry.mkdir(mode=0o700, exist_ok=True)
+    with (home.registry / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        registry.apply(home, node_commands(home))
+
+
+def has_rounds(directory: Path) -> bool:
+    """Whether a federation's directory holds a committed round."""
+    return any((directory / "checkpoints").glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with everything it started."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def _gateway(home: Home, link: SuperLink, listen: tuple[str, int] | None) -> Iterator[str | None]:
     if listen is None:
@@ -194,7 +221,7 @@ def _gateway(home: Home, link: SuperLink, listen: tuple[str, int] | None) -> Ite
 
 
 def _announce(home: Home, link: SuperLink, door: str | None, page: str, *, again: bool) -> None:
-    _apply(home)
+    apply_registry(home)
     print(f"SuperLink   {link.address} (TLS, enrolled devices only)")
     if door is not None:
         print(f"devices     enter at {door} (TLS, enrolled devices only)")
@@ -248,20 +275,8 @@ def _applied(home: Home) -> str:
         find_superlink(home)
     except UserError:
         return "effective at the next python -m server up"
-    _apply(home)
+    apply_registry(home)
     return "effective now"
-
-
-def _apply(home: Home) -> None:
-    """One process at a time tells the SuperLink what the registry says."""
-    home.registry.mkdir(mode=0o700, exist_ok=True)
-    with (home.registry / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        registry.apply(home, node_commands(home))
-
-
-def _has_rounds(directory: Path) -> bool:
-    return any((directory / "checkpoints").glob("*.safetensors"))
 
 
 def _put_aside(home: Home, directory: Path) -> None:
@@ -304,17 +319,3 @@ def _status_values(
             for view in views
         ],
     }
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, with everything it started."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from edge_runtime.formats.errors import UserError
@@ -80,7 +80,9 @@ def make_app(home: Home) -> FastAPI:
     @app.get("/api/rounds.json")
     def rounds(federation: str = Query("", max_length=64)) -> JSONResponse:
         views = [view for view in read_federations(home) if federation in ("", view.name)]
-        return JSONResponse({view.name: list(view.rounds)[-MOST_API_ROUNDS:] for view in views})
+        return JSONResponse(
+            {view.name: [_finite(record) for record in view.rounds[-MOST_API_ROUNDS:]] for view in views}
+        )
 
     return app
 
@@ -99,7 +101,7 @@ def serve_in_background(home: Home, port: int) -> Iterator[str]:
     except OSError as error:
         listener.close()
         raise UserError("--page-port", port, "a free port", "name another, or end what listens there") from error
-    config = uvicorn.Config(make_app(home), log_level="warning", access_log=False, lifespan="off")
+    config = uvicorn.Config(make_app(home), log_level="warning", access_log=False, lifespan="off", ws="none")
     with serve_in_thread(config, listener, "fleet-page"):
         yield f"http://{HOST}:{listener.getsockname()[1]}/"
 
@@ -143,11 +145,15 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(bytes=bytes_text, reasons=reasons_text, loss=_loss_text, seconds=_seconds_text)
+    environment.filters.update(
+        bytes=lambda value: bytes_text(number(value) or 0.0),
+        reasons=lambda value: reasons_text(value) if isinstance(value, dict) else "",
+        loss=_loss_text,
+        seconds=_seconds_text,
+    )
     return environment
 
 
@@ -196,6 +202,13 @@ def _federation_context(view: FederationView) -> dict[str, Any]:
         "hidden_devices": max(len(view.devices) - SHOWN_DEVICES, 0),
         "last": "" if view.last_time is None else _time_text(view.last_time),
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and number(value) is None else value
 
 
 def _loss_text(value: object) -> str:

@@ -20,6 +20,8 @@ def serve_in_thread(config: uvicorn.Config, listener: socket.socket, name: str) 
     try:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
+        if not server.started:
+            raise RuntimeError(f"the {name} did not start")
         yield
     finally:
         server.should_exit = True

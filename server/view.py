@@ -121,8 +121,10 @@ def read_federation(directory: Path) -> FederationView:
 
 
 def number(value: object) -> float | None:
-    """The value when it is a number, else None."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """The value when it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        return None
+    return float(value)
 
 
 def bytes_text(count: float) -> str:
