@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,16 @@ class AdapterState:
     def apply(self, group: str, change: NDArray[np.float64]) -> None:
         """Add a change (n,), and what earlier rounding kept back, to a group."""
         self._put(group, self.values[group] + (self.residuals[group] + change))
+
+    def copy(self) -> AdapterState:
+        """A second state that changes by itself; arrays are replaced, never written to, and are shared."""
+        return replace(
+            self,
+            snapshots=dict(self.snapshots),
+            values=dict(self.values),
+            residuals=dict(self.residuals),
+            averages=dict(self.averages),
+        )
 
     def average(self, decay: float) -> None:
         """Take the values after a round into the running means, of which the last rounds make up most.

@@ -76,9 +76,10 @@ def run_buffered(
         heard_s = federation.clock() if len(buffer.collected.folded) > before else heard_s
         if len(buffer.collected.folded) >= config.mode.buffer:
             buffer.folding.close()
-            commit_round(federation, buffer.collected, buffer.asked, buffer.folding.work, buffer.reason, buffer.apart)
-            report(federation.record)
-            offer_candidate(federation)
+            work, reason, apart = buffer.folding.work, buffer.reason, buffer.apart
+            if commit_round(federation, buffer.collected, buffer.asked, work, reason, apart):
+                report(federation.record)
+                offer_candidate(federation)
             buffer = _open_buffer(federation)
         elif federation.clock() - heard_s > config.cohort.patience_s + config.cohort.longest_deadline_s:
             return False

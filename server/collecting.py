@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
+import numpy as np
+
 from edge_runtime.formats.envelope import Envelope, header_text, unseal
 from edge_runtime.formats.errors import MessageError
 from edge_runtime.formats.layout import Phase
@@ -32,7 +34,7 @@ class Collected:
         mean: At rank r_max, or None while nothing is folded.
         folded: Devices whose update is in the mean, with the update's header.
         lost: Devices that did not answer in time, or whose node went away.
-        largest_share: Of one device in a segment's mean, by which central noise is scaled.
+        scales: What a code of a masked sum stood for, one a segment; empty without masks.
         seconds: Where the time went.
     """
 
@@ -42,8 +44,8 @@ class Collected:
     declined: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     lost: list[Device] = field(default_factory=list)
-    largest_share: float = 0.0
     norms: list[float] = field(default_factory=list)
+    scales: tuple[float, ...] = ()
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("push", "wait", "fold", "commit"), 0.0))
@@ -163,7 +165,6 @@ class Folding:
         self.federation, self.collected, self.work = federation, collected, work
         self.groups = assign_groups([device.node for device in cohort], count, federation.config.seed + work.number)
         self.sums = [Accumulator(federation.layout, work.phase.groups) for _ in range(count)]
-        self.largest_weight = 0
 
     def take(self, device: Device, work: Work, arrival: Arrival, weight: Callable[[int], int] = int) -> None:
         """Judge one reply; ``weight`` turns the update's own weight into what it counts."""
@@ -189,7 +190,7 @@ class Folding:
         log.warning("round %d: update of %s refused: %s", work.number, device.name, refusal.value)
 
     def close(self) -> None:
-        """Mean, dispersion and the largest share that one device has in a segment."""
+        """Mean and dispersion."""
         collected, used = self.collected, [accumulator for accumulator in self.sums if accumulator.count]
         if not used:
             return
@@ -199,7 +200,6 @@ class Folding:
         # Updates without anything in common have 1 - 1 / n: told as a share of that, it means the same in any cohort.
         count = len(collected.folded)
         collected.dispersion = min(used[0].dispersion() / (1.0 - 1.0 / count), 1.0) if count > 1 else 0.0
-        collected.largest_share = self.largest_weight / min((w for w in used[0].mean().weights if w), default=1)
 
     def _fold(self, device: Device, work: Work, envelope: Envelope, weight: Callable[[int], int]) -> None:
         federation, config = self.federation, self.federation.config
@@ -217,9 +217,12 @@ class Folding:
         if isinstance(admitted, Refusal):
             self.refuse(device, work, admitted)
             return
+        vector, bound = admitted.vector, config.privacy.clip_norm
+        if bound and admitted.norm > bound:
+            # The device clips before it encodes; what rounding added, or a liar, is cut here.
+            vector = vector * np.float32(bound / admitted.norm)
         counted = weight(admitted.update.weight)
-        self.sums[self.groups.get(device.node, 0)].fold(admitted.vector, device.rank, counted)
-        self.largest_weight = max(self.largest_weight, counted)
+        self.sums[self.groups.get(device.node, 0)].fold(vector, device.rank, counted)
         self.collected.norms.append(admitted.norm)
         self.collected.folded.append((device, admitted.update))
         device.step_s = admitted.update.step_s or device.step_s

@@ -16,6 +16,8 @@ from edge_runtime.formats.messages import Score
 from server.aggregation import Mean
 from server.collecting import Collected, Conversation, Work, needs_factors
 from server.federation import Federation, adapter_digest, save_federation, write_candidate, write_devices
+from server.gates import Refusal
+from server.noise import add_noise
 from server.plan import Drift, make_score_plan
 from server.selection import Device
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def commit_round(
     federation: Federation, collected: Collected, planned: int, work: Work, reason: str, apart: bool
-) -> None:
+) -> bool:
     """Apply the mean of a round that reached its quorum.
 
     Args:
@@ -34,11 +36,20 @@ def commit_round(
         work: What they were asked for.
         reason: Why this phase, for the ledger.
         apart: What the phase rule remembers.
+
+    Returns:
+        False when the loss gate undid it: the federation is as it was.
     """
     if collected.mean is None:
         raise ValueError("a round without an update cannot be committed")
     started_s, number = federation.clock(), work.number
-    norm = _apply(federation, collected.mean, work.phase)
+    before = federation.state.copy(), federation.optimizer.state()
+    norm = _apply(federation, add_noise(federation, collected, work), work.phase)
+    if not _passes_loss_gate(federation, collected):
+        before[0].newest = federation.state.newest  # devices hold what was undone: its versions are used up
+        federation.state = before[0]
+        federation.optimizer.load_state(before[1])
+        return False
     federation.norm_gate.accept(work.phase.value, collected.norms)
     for device, update in collected.folded:
         device.folded_plan = update.plan_id
@@ -52,6 +63,7 @@ def commit_round(
     save_federation(federation)
     federation.record["seconds"]["commit"] = round(federation.clock() - started_s, 4)
     _tell(federation, [device for device, _ in collected.folded])
+    return True
 
 
 def finish_interrupted(federation: Federation, devices: Sequence[Device]) -> bool:
@@ -116,12 +128,26 @@ def evaluate(federation: Federation, devices: Sequence[Device], counted: Collect
     return round(loss_sum / tokens, 6) if tokens else None
 
 
+def _passes_loss_gate(federation: Federation, collected: Collected) -> bool:
+    """Whether the devices of the round find the new adapter hardly worse than the last one on their held-out text."""
+    rise, last = federation.config.gates.loss_rise, federation.loss
+    if not rise or last is None:
+        return True
+    loss = evaluate(federation, [device for device, _ in collected.folded], collected)
+    if loss is None or loss <= last * (1.0 + rise):
+        return True
+    collected.refused[Refusal.LOSS.value] += len(collected.folded)
+    log.warning("round %d: held-out loss %.4f after %.4f; undone", federation.number + 1, loss, last)
+    return False
+
+
 def _tell(federation: Federation, folded: Sequence[Device]) -> None:
     """Evaluate a committed round when it is due, and write its record."""
     record, every = federation.record, federation.config.evaluation.every
     if every and federation.number % every == 0:
         counted = Collected()
         record["held_out_loss"] = evaluate(federation, folded, counted)
+        federation.loss = record["held_out_loss"] or federation.loss
         record["bytes_up"] += counted.bytes_up
         record["bytes_down"] += counted.bytes_down
     federation.ledger.append(record)
@@ -167,7 +193,7 @@ def _record(
         "held_out_loss": None,
         "dispersion": round(collected.dispersion, 6),
         "update_norm": norm,
-        "epsilon": None,
+        "epsilon": round(federation.accountant.epsilon(), 4) if federation.accountant else None,
         "seconds": {name: round(value, 4) for name, value in collected.seconds.items()},
         "versions": federation.state.versions,
         "adapter_sha256": adapter_digest(federation),

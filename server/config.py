@@ -122,10 +122,17 @@ class CohortConfig(_Strict):
 
 
 class GatesConfig(_Strict):
-    """Largest norm of an update: ``norm_factor`` times the running median, and ``max_norm``; 0 switches either off."""
+    """What is refused; 0 switches a bound off.
+
+    Attributes:
+        norm_factor: An update's norm may be so many times the running median (with masks: the mean's norm).
+        max_norm: And at most this.
+        loss_rise: A round is undone when held-out loss rises by more than this share.
+    """
 
     norm_factor: Annotated[float, Field(ge=0, le=1e6)]
     max_norm: Bound
+    loss_rise: Bound
 
 
 class RobustConfig(_Strict):

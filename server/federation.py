@@ -23,6 +23,7 @@ from server.gates import NormGate
 from server.ledger import Ledger, load_checkpoint, save_checkpoint
 from server.optimizer import ServerOptimizer, make_optimizer
 from server.plan import Drift
+from server.privacy import Accountant
 from server.selection import Device
 from server.transport import Transport
 
@@ -42,6 +43,8 @@ class Federation:
         record: Ledger record of the last committed round.
         clock: Seconds since the epoch.
         sleep: Waits so many seconds.
+        loss: Last held-out loss that was measured.
+        accountant: Of the noise, where there is any.
         enrolled: The device key (hex) registered for a node, or None when nothing is registered (simulation).
     """
 
@@ -56,11 +59,13 @@ class Federation:
     optimizer: ServerOptimizer
     norm_gate: NormGate
     enrolled: Callable[[int], str | None] | None = None
+    accountant: Accountant | None = None
     number: int = 0
     drift: Drift = field(default_factory=Drift)
     devices: dict[str, Device] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     mask_scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    loss: float | None = None
 
 
 def read_layout(config: FederationConfig, manifest: Manifest) -> AdapterLayout:
@@ -103,6 +108,7 @@ def open_federation(
         optimizer=new_optimizer(config),
         norm_gate=NormGate(config.gates.norm_factor, 0.0, config.gates.max_norm),
         enrolled=enrolled,
+        accountant=Accountant(config.privacy.delta) if config.privacy.noise != "none" else None,
     )
     found = load_checkpoint(directory / CHECKPOINTS)
     if found is None:
@@ -142,6 +148,8 @@ def save_federation(federation: Federation) -> None:
         "drift": [drift.phase and drift.phase.value, drift.dispersion, drift.apart, drift.streak],
         "devices": [device.to_dict() for device in federation.devices.values()],
         "mask_scales": {key: list(scales) for key, scales in federation.mask_scales.items()},
+        "privacy": federation.accountant.state() if federation.accountant else None,
+        "loss": federation.loss,
         "record": federation.record,
     }
     save_checkpoint(federation.directory / CHECKPOINTS, federation.number, federation.state.arrays() | optimizer, meta)
@@ -195,5 +203,8 @@ def _restore(federation: Federation, number: int, arrays: Mapping[str, Any], met
     federation.norm_gate.load_state(meta["norms"])
     phase, *rest = meta["drift"]
     federation.drift = Drift(None if phase is None else Phase(phase), *rest)
+    federation.loss = meta["loss"]
+    if federation.accountant is not None and meta["privacy"] is not None:
+        federation.accountant.load_state(meta["privacy"])
     federation.devices = {entry["name"]: Device(**entry) for entry in meta["devices"]}
     federation.mask_scales = {key: tuple(scales) for key, scales in meta["mask_scales"].items()}

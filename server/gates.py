@@ -43,6 +43,7 @@ class Refusal(StrEnum):
     FINITE = "finite"
     RANGE = "range"  # a value of 8 or more
     NORM = "norm"
+    LOSS = "loss"  # the round's adapter was worse on held-out text than the one before
     VERSION = "version"  # trained against a frozen factor that has changed since (buffered rounds)
 
 

@@ -67,8 +67,7 @@ def collect_masked(
         collected.refused[Refusal.NORM.value] += len(collected.folded)
         collected.folded.clear()
         return collected
-    collected.mean = mean
-    collected.largest_share = 1.0 / max(min((n for n in mean.contributors if n), default=1), 1)
+    collected.mean, collected.scales = mean, tuple(scales)
     federation.mask_scales[phase.value] = choose_scales(scales, mean.vector, sizes, *_limits(federation))
     return collected
 

@@ -45,8 +45,9 @@ def run_federation(federation: Federation, report: Callable[[Mapping[str, Any]],
     config, greeter = federation.config, Greeter()
     devices = greeter.wait_for(federation, config.cohort.size, config.cohort.patience_s)
     if federation.number == 0 and config.evaluation.every:
-        loss = evaluate(federation, devices, Collected())
-        federation.ledger.append({"event": "baseline", "time": federation.clock(), "held_out_loss": loss})
+        federation.loss = evaluate(federation, devices, Collected())
+        baseline = {"event": "baseline", "time": federation.clock(), "held_out_loss": federation.loss}
+        federation.ledger.append(baseline)
     if finish_interrupted(federation, devices):
         report(federation.record)
     if config.mode.name == "buffered" and not run_buffered(federation, greeter, report):
@@ -84,8 +85,9 @@ def _one_round(federation: Federation, greeter: Greeter) -> None:
                 else collect_plain(federation, cohort, work)
             )
             if collected.mean is not None and len(collected.folded) >= config.cohort.quorum:
-                commit_round(federation, collected, len(cohort), work, reason, apart)
-                return
+                if commit_round(federation, collected, len(cohort), work, reason, apart):
+                    return
+                collected.folded.clear()
             why = f"{len(collected.folded)} of {config.cohort.quorum} updates"
             why += (
                 f", declined {dict(collected.declined)}, refused {dict(collected.refused)}, lost {len(collected.lost)}"
