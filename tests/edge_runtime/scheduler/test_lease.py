@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime import backends, bench
+from edge_runtime.bench import BenchPlan
+from edge_runtime.request import FinishReason, Token
 from edge_runtime.scheduler.lease import RUNNING_FILE, WANTED_FILE, inference_lease, lease_directory, training_lease
+from edge_runtime.session import Opening
+from edge_runtime.terminal import consume
+from tests.edge_runtime import fakes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -183,3 +189,38 @@ def drain(process: subprocess.Popen[str]) -> list[str]:
     finally:
         os.set_blocking(descriptor, True)
     return raw.decode().split("\n")[:-1]
+
+
+def may_train() -> bool:
+    with training_lease(wait=give_nothing, give_up=lambda: True) as granted:
+        return granted
+
+
+@pytest.fixture
+def own_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SEVENFOLD_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.mark.usefixtures("own_lease")
+def test_a_generation_holds_the_lease_from_before_its_prefill_to_its_last_token() -> None:
+    seen: list[bool] = []
+
+    def steps() -> Iterator[Token]:
+        seen.append(may_train())  # the prefill runs here
+        yield Token(65, "A", None)
+        seen.append(may_train())
+        yield Token(66, "B", FinishReason.LENGTH)
+
+    assert may_train()
+    assert consume(steps(), show=False).text == "AB"
+    assert seen == [False, False] and may_train()
+
+
+@pytest.mark.usefixtures("own_lease")
+def test_a_measurement_holds_the_lease(package_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for container, (_, _, file) in dict(backends.OPENERS).items():
+        monkeypatch.setitem(backends.OPENERS, container, (fakes.__name__, "TableBackend", file))
+    seen: list[bool] = []
+    monkeypatch.setattr(bench, "_measure_speed", lambda session, plan: seen.append(may_train()) or {})
+    bench.run_bench(Opening(package_dir), BenchPlan(4, 4, 1), as_json=True)
+    assert seen == [False] and may_train()
