@@ -69,7 +69,9 @@ class Greeter:
             federation.sleep(_POLL_S)
 
     def _take(self, federation: Federation, arrival: Arrival) -> None:
-        node = self.waiting.pop(arrival.message_id)
+        node = self.waiting.pop(arrival.message_id, None)
+        if node is None:
+            return
         pause_s = ANSWER_S if arrival.envelope is None else _pause_s(arrival.envelope)
         if arrival.envelope is None or pause_s:
             self.again_s[node] = federation.clock() + pause_s
