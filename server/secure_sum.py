@@ -43,6 +43,7 @@ from server.secure_talk import Member, Refused, SecureSettings, Talk, Tally, Too
 from server.transport import Transport
 
 _MARGIN = 4.0  # of the largest code over the largest |value| of a mean
+_FINEST = 2.0**-16  # of the widest scale
 
 __all__ = ["Abandoned", "Member", "SecureSettings", "SecureSum", "Tally", "choose_scales", "run_secure_round"]
 
@@ -150,31 +151,38 @@ def run_secure_round(
 
 
 def choose_scales(
-    previous: Sequence[float], mean: NDArray[np.float64] | None, sizes: Sequence[int], largest_code: int, bound: float
+    previous: Sequence[float],
+    mean: NDArray[np.float64] | None,
+    sizes: Sequence[int],
+    largest_code: int,
+    bound: float,
+    noise_std: float = 0.0,
 ) -> tuple[float, ...]:
     """The next round's common scales, one a segment: a pure function of what everybody knows.
 
     A single device moves further than the mean of many: the largest code stands for 4 times the largest
     |value| of the last mean, and what it cannot hold stays in the device's residual. A scale at most halves from
-    round to round, and never stands for more than ``bound``.
+    round to round. With noise of the devices' own, its deviation is kept between 2 codes, below which a sum of
+    discrete Gaussians is none, and 1024, above which finer codes would only cost bits.
 
     Args:
         previous: The last round's scales of the same groups; empty: there was none.
-        mean: (N,) of that round, zero where no sum was opened; None: there was none.
+        mean: (N,) of that round as it was applied (with any central noise, which the scales would tell the devices
+            about otherwise), zero where no sum was opened; None: there was none.
         sizes: Values of each segment at rank r_max.
         largest_code: Of one device.
         bound: What no update should exceed: learning rate times local steps, since AdamW moves a value by about
             the learning rate a step.
+        noise_std: Of each device's share of distributed noise.
     """
     widest = bound / largest_code
-    if mean is None or not previous:
-        return (widest,) * len(sizes)
     scales, start = [], 0
     for index, size in enumerate(sizes):
-        largest = float(np.abs(mean[start : start + size]).max(initial=0.0))
         before = previous[index] if index < len(previous) else widest
+        largest = 0.0 if mean is None else float(np.abs(mean[start : start + size]).max(initial=0.0))
         wanted = max(_MARGIN * largest / largest_code, before / 2) if largest else before
-        scales.append(min(wanted, widest))
+        scale = min(max(wanted, widest * _FINEST), widest)
+        scales.append(min(max(scale, noise_std / 1024), noise_std / 2) if noise_std else scale)
         start += size
     return tuple(scales)
 

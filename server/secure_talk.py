@@ -124,9 +124,11 @@ class Talk:
         end_s, pause_s = self._clock() + timeout_s, _SHORTEST_POLL_S
         pending, repeated = self._push(messages, timeout_s), set[int]()
         while pending and self._clock() < end_s and not done():
-            arrivals = [arrival for arrival in self._transport.pull(list(pending)) if arrival.message_id in pending]
+            arrivals = self._transport.pull(list(pending))
             for arrival in arrivals:
-                node, envelope = pending.pop(arrival.message_id), arrival.envelope
+                node, envelope = pending.pop(arrival.message_id, None), arrival.envelope
+                if node is None:
+                    continue
                 if envelope is None:
                     self.tally.lost[node] = f"{stage}: {arrival.error}"[:60]
                     continue

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from edge_runtime.formats.envelope import Envelope, seal, unseal
+from edge_runtime.formats.envelope import Envelope, header_text, seal, unseal
 from edge_runtime.formats.masking import unpack_bits
-from edge_runtime.formats.masking_messages import MaskReveal
+from edge_runtime.formats.masking_keys import sign_keys
+from edge_runtime.formats.masking_messages import MaskInvite, MaskKeys, MaskReveal
 from edge_runtime.formats.messages import MaskPlan, Plan, Reason, Update
 from server.secure_sum import Abandoned, SecureSum, choose_scales
+from server.transport import Arrival
 from tests.server.masked_cohort import (
     LAYOUT,
     SCALES,
@@ -301,7 +304,7 @@ def test_closing_early_waits_until_every_segment_can_be_opened() -> None:
 
 
 def test_noise_of_all_devices_adds_up_and_has_room() -> None:
-    devices = make_devices([8] * 64, weight_cap=1)
+    devices = make_devices([8] * 16, weight_cap=1)
     for device in devices:
         device.codes[:] = 0
     settings = replace(SETTINGS, weight_cap=1, noise_std=4.0)
@@ -309,7 +312,7 @@ def test_noise_of_all_devices_adds_up_and_has_room() -> None:
     assert isinstance(result, SecureSum)
     for segment, scale in enumerate(SCALES):
         part = result.sums[sum(SIZES[:segment]) : sum(SIZES[: segment + 1])]
-        expected = 4.0 / scale * 8
+        expected = 4.0 / scale * 4
         assert abs(part.std() / expected - 1) < 4 / np.sqrt(2 * part.size)
 
 
@@ -317,8 +320,6 @@ def test_bytes_are_counted_in_both_directions() -> None:
     cohort = Cohort(make_devices([8] * 3))
     result = run(cohort)
     assert isinstance(result, SecureSum)
-    from edge_runtime.formats.envelope import header_text
-
     up, down = (
         sum(len(header_text(envelope)) + len(envelope.payload) for _, envelope in messages)
         for messages in (cohort.received, cohort.sent)
@@ -375,3 +376,64 @@ def test_scales_follow_the_last_mean_and_never_exceed_the_bound() -> None:
     silent = choose_scales((0.001, 0.001, 0.001), np.zeros(sum(SIZES)), SIZES, 127, 0.254)
     assert silent == (0.001,) * 3
     assert choose_scales((0.001,), mean, SIZES, 127, 0.254)[2] == 0.002
+
+
+def test_scales_keep_noise_between_2_and_1024_codes() -> None:
+    assert choose_scales((), None, SIZES, 127, 0.254, noise_std=0.001) == (0.0005,) * 3
+    assert choose_scales((), None, SIZES, 127, 0.254, noise_std=4.096) == (0.004,) * 3
+    tiny = np.full(sum(SIZES), 1e-30)
+    scales: tuple[float, ...] = ()
+    for _ in range(100):
+        scales = choose_scales(scales, tiny, SIZES, 127, 0.254)
+    assert scales == (0.002 * 2.0**-16,) * 3
+
+
+def test_a_device_that_sends_anothers_key_is_left_out() -> None:
+    devices = make_devices([8] * 4)
+    first: list[str] = []
+
+    def change(node: int, envelope: Envelope) -> Envelope:
+        if envelope.kind != "maskkeys":
+            return envelope
+        keys = unseal(envelope, MaskKeys)
+        first.append(keys.mask_key)
+        invite = next(unseal(e, MaskInvite) for n, e in reversed(cohort.sent) if n == node and e.kind == "maskinvite")
+        copied = replace(keys, mask_key=first[0])
+        signed = sign_keys(
+            invite, 8, *map(bytes.fromhex, (copied.mask_key, copied.share_key)), devices[cohort.nodes().index(node)].key
+        )
+        return seal(replace(copied, signature=signed.hex())) if len(first) == 2 else envelope
+
+    cohort = Cohort(devices, change=change)
+    result = run(cohort)
+    assert isinstance(result, SecureSum)
+    assert list(result.tally.refused.values()) == ["duplicate"]
+    left = [device for device in devices if device.node not in result.tally.refused]
+    assert np.array_equal(result.sums, plain_sum(left)) and len(left) == 3
+
+
+def test_a_reply_that_arrives_twice_or_unasked_is_counted_once() -> None:
+    class Stutter(Cohort):
+        def pull(self, message_ids: Collection[str]) -> list[Arrival]:
+            arrived = super().pull(message_ids)
+            return [*arrived, *arrived, *(replace(arrival, message_id="unasked") for arrival in arrived)]
+
+    devices = make_devices([8] * 4)
+    result = run(Stutter(devices))
+    assert isinstance(result, SecureSum) and np.array_equal(result.sums, plain_sum(devices))
+
+
+def test_a_node_that_is_gone_is_lost_at_once() -> None:
+    class Broken(Cohort):
+        def pull(self, message_ids: Collection[str]) -> list[Arrival]:
+            arrived = super().pull(message_ids)
+            if arrived and arrived[0].node == 107 and arrived[0].envelope.kind == "update":  # type: ignore[union-attr]
+                return [replace(arrived[0], envelope=None, error="node unavailable")]
+            return arrived
+
+    devices = make_devices([8] * 4)
+    cohort = Broken(devices)
+    result = run(cohort)
+    assert isinstance(result, SecureSum) and cohort.now_s == 0
+    assert result.tally.lost == {107: "update: node unavailable"}
+    assert np.array_equal(result.sums, plain_sum([devices[0], *devices[2:]]))
