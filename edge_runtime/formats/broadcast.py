@@ -90,6 +90,8 @@ def unpack_parts(
         raise MessageError(f"plan: parts {groups}; a, b and at most one core are allowed")
     if sum(part.size_bytes for part in parts) != len(payload):
         raise MessageError(f"plan: parts of {sum(p.size_bytes for p in parts)} bytes, a payload of {len(payload)}")
+    if any(part.size_bytes for part in parts if part.version == 0):
+        raise MessageError("plan: bytes for version 0, which everyone derives")
     vectors: dict[tuple[str, int], NDArray[np.float32]] = {}
     offset = 0
     for part in parts:
