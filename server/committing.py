@@ -80,6 +80,7 @@ def finish_interrupted(federation: Federation, devices: Sequence[Device]) -> boo
     told = [record for record in records if record.get("event") == "round" and record["round"] == number]
     if told:
         federation.record = told[-1]
+        federation.loss = federation.record["held_out_loss"] or federation.loss  # measured after the checkpoint
     elif number:
         folded = [device for device in devices if (device.last_round, device.last_outcome) == (number, "folded")]
         _tell(federation, folded)
