@@ -23,7 +23,7 @@ LARGEST_VALUE = 8.0  # |value| stays below
 LARGEST_TOTAL_WEIGHT = 1 << 23  # 2**3 * 2**36 * 2**23 = 2**62: a sum fits int64
 
 _UNIT = 2.0**FRACTION_BITS
-_CHUNK = 1 << 17  # values; temporaries stay in the cache
+_CHUNK = 1 << 16  # values; temporaries of half a megabyte stay in the cache
 
 
 class Mean(NamedTuple):

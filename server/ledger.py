@@ -13,15 +13,15 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import UserError
-from edge_runtime.formats.files import write_atomically
 
 LEDGER_FILE = "ledger.jsonl"
 MAX_RECORD_BYTES = 1 << 20
@@ -30,6 +30,10 @@ MAX_CHECKPOINT_BYTES = 8 << 30
 
 _CHECKPOINT = re.compile(r"(\d{10})-([0-9a-f]{64})\.safetensors")
 _METADATA_KEY = "sevenfold"  # one key only: safetensors writes several in random order
+
+_DTYPES = {
+    "<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "|i1": "I8", "|u1": "U8", "|b1": "BOOL",
+}  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -110,28 +114,32 @@ def save_checkpoint(directory: Path, round: int, arrays: Mapping[str, NDArray[An
     Args:
         directory: Made if needed; holds checkpoints only.
         round: The last committed one, from 0.
-        arrays: By name.
+        arrays: By name; of float64, float32, float16, int64, int32, int8, uint8 or bool.
         meta: Plain JSON values.
 
     Returns:
         Its file.
 
     Raises:
-        ValueError: ``round`` or ``meta`` cannot be written.
+        ValueError: ``round``, ``meta`` or an array's type cannot be written.
     """
-    from safetensors.numpy import save
-
     if not 0 <= round < 10**10:
         raise ValueError(f"round {round}")
-    text = json.dumps({"round": round, "meta": dict(meta)}, sort_keys=True, allow_nan=False)
-    content = save({name: np.asarray(value, order="C") for name, value in arrays.items()}, {_METADATA_KEY: text})
-    path = directory / f"{round:010}-{hashlib.sha256(content).hexdigest()}.safetensors"
-    write_atomically(path, content)
+    about = json.dumps({"round": round, "meta": dict(meta)}, sort_keys=True, allow_nan=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".half-", dir=directory)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digest = _write_tensors(file, arrays, {_METADATA_KEY: about})
+            file.flush()
+            os.fsync(file.fileno())
+        path = directory / f"{round:010}-{digest}.safetensors"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_directory(directory)
-    older = [other for other in _checkpoints(directory) if _round(other) < round]
-    for other in directory.iterdir():
-        if other not in (path, *older[:1]):
-            other.unlink()
+    _remove_overtaken(directory, path)
     return path
 
 
@@ -203,20 +211,48 @@ def _round(path: Path) -> int:
     return int(path.name[:10])
 
 
+def _write_tensors(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> str:
+    """Write safetensors without a second copy of the arrays in memory; the sha256 of what was written."""
+    # Wide types first keeps every value aligned; the order of names makes equal states equal files.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name, value in ordered:
+        start, stop = stop, stop + value.nbytes
+        if value.dtype.str not in _DTYPES:
+            raise ValueError(f"{name}: {value.dtype} arrays are not kept")
+        header[name] = {"dtype": _DTYPES[value.dtype.str], "shape": value.shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    pieces: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    for piece in (*pieces, *(np.asarray(value, order="C").data for _, value in ordered)):
+        digest.update(piece)
+        file.write(piece)
+    return digest.hexdigest()
+
+
+def _remove_overtaken(directory: Path, newest: Path) -> None:
+    """Everything but the newest checkpoint and the one before it, half-written files included."""
+    older = [path for path in _checkpoints(directory) if _round(path) < _round(newest)]
+    for path in directory.iterdir():
+        if path not in (newest, *older[:1]):
+            path.unlink()
+
+
 def _read_checkpoint(path: Path) -> Checkpoint | None:
     """None when it is not what its name says."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors import SafetensorError, safe_open
 
     if path.stat().st_size > MAX_CHECKPOINT_BYTES:
         return None
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != path.name[11:75]:
-        return None
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != path.name[11:75]:
+            return None
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        entry = json.loads(header["__metadata__"][_METADATA_KEY])
-        arrays = load(content)
+        with safe_open(path, "np") as tensors:
+            entry = json.loads((tensors.metadata() or {})[_METADATA_KEY])
+            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            return Checkpoint(entry["round"], arrays, entry["meta"])
     except (SafetensorError, ValueError, KeyError):
         return None
-    return Checkpoint(entry["round"], arrays, entry["meta"])

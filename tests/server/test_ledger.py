@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -163,6 +164,9 @@ ARRAYS = {
     "count": np.array(7, np.int64),
     "none": np.zeros((0, 3), np.float16),
     "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "truth": np.array([True, False]),
+    "signed": np.array([-128, 127], np.int8),
+    "short": np.array([-(2**31)], np.int32),
     "every other": np.arange(6, dtype=np.float64)[::2],
 }
 META = {"seed": 2**63 - 1, "devices": [{"name": "ü", "none": None}], "x": 0.1}
@@ -350,6 +354,22 @@ def test_a_disk_error_is_raised_and_the_one_before_stays(tmp_path, monkeypatch) 
             with pytest.raises(OSError, match="No space"):
                 save_checkpoint(tmp_path, 2, {}, {})
         assert load_checkpoint(tmp_path).meta == {"state": "old"} and len(files(tmp_path)) == 1
+
+
+def test_writing_copies_no_array(tmp_path) -> None:
+    arrays = {"x": np.ones(1 << 20, np.float64), "y": np.ones((1 << 10, 1 << 10), np.float32)}  # 12 MB
+    tracemalloc.start()
+    save_checkpoint(tmp_path, 1, arrays, {})
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("array", [np.array(["text"]), np.array([None]), np.zeros(2, ">f4"), np.zeros(2, np.complex64)])
+def test_only_plain_numbers_are_kept(tmp_path, array) -> None:
+    with pytest.raises(ValueError, match="x: .* arrays are not kept"):
+        save_checkpoint(tmp_path, 1, {"x": array}, {})
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "meta"), [(-1, {}), (10**10, {}), (1, {"x": float("nan")})])
