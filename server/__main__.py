@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serving(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
     up = _command(commands, "up", _up, "SuperLink, fleet page and metrics, in the foreground")
     up.add_argument("--port", type=_port, metavar="N", help="of the SuperLink; default: the last one, else a free one")
-    up.add_argument("--page-port", type=_port, default=PAGE_PORT, metavar="N", help="default: %(default)s")
+    up.add_argument(
+        "--page-port", type=_page_port, default=PAGE_PORT, metavar="N", help="0: any free one; default: %(default)s"
+    )
     up.add_argument(
         "--name", action="append", default=[], metavar="HOST", help="a name or address of this server (repeatable)"
     )
@@ -81,7 +83,9 @@ def _add_serving(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
         "--listen", type=_address, metavar="HOST:PORT", help="let in devices of other machines, at this address of ours"
     )
     page = _command(commands, "page", _page, "the fleet page alone")
-    page.add_argument("--port", type=_port, default=PAGE_PORT, metavar="N", help="default: %(default)s")
+    page.add_argument(
+        "--port", type=_page_port, default=PAGE_PORT, metavar="N", help="0: any free one; default: %(default)s"
+    )
     status = _command(commands, "status", _status, "what is up, who is enrolled, where federations stand")
     status.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -98,7 +102,9 @@ def _add_running(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
     for command in (run, resume, simulate):
         command.add_argument("words", nargs="*", metavar="key=value", help="federation=NAME, and settings")
     demo = _command(commands, "demo", _demo, "SuperLink and three clients on this machine, to a champion adapter")
-    demo.add_argument("--page-port", type=_port, default=PAGE_PORT, metavar="N", help="default: %(default)s")
+    demo.add_argument(
+        "--page-port", type=_page_port, default=PAGE_PORT, metavar="N", help="0: any free one; default: %(default)s"
+    )
 
 
 def _add_devices(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
@@ -121,6 +127,10 @@ def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: 1 to 65535")
     return int(text)
+
+
+def _page_port(text: str) -> int:
+    return 0 if text == "0" else _port(text)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from server.config import FederationConfig
 from server.home import Home
 from server.ledger import LEDGER_FILE, read_records
 from server.processes import end_processes, is_running
-from server.superlink import PROJECT, LinkError, find_superlink, last_lines, run_status, stop_run, submit_run
+from server.superlink import PROJECT, LinkError, SuperLink, find_superlink, last_lines, run_status, stop_run, submit_run
 from server.view import GATES_FILE, read_federation
 
 CHAMPION, REFUSED, FAILED = "champion", "refused", "failed"
@@ -81,6 +81,19 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a federation's files stood before a run.
+
+    Attributes:
+        ledger_bytes: Length of the ledger.
+        pid: The ServerApp that ran it last.
+    """
+
+    ledger_bytes: int
+    pid: str
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How following ended: ``reason`` is empty when every round was committed."""
 
@@ -134,7 +147,7 @@ def follow(
     home: Home,
     config: FederationConfig,
     run: int,
-    offset: int,
+    mark: Mark,
     show: Callable[[Mapping[str, Any]], None],
     *,
     sleep: Callable[[float], None] = time.sleep,
@@ -145,7 +158,7 @@ def follow(
         home: Whose SuperLink runs it.
         config: Of the federation.
         run: Flower's number.
-        offset: Length of the ledger before the run, in bytes.
+        mark: Taken before the run was started.
         show: Called with each new record.
         sleep: Waits so many seconds.
 
@@ -155,7 +168,9 @@ def follow(
     directory = home.run(config.name)
     gate = Gate(directory, _unjudged(directory) if config.gate else [])
     try:
-        reason = _until_end(home, config, run, offset, show, gate, sleep)
+        reason = _until_end(home, config, run, mark, show, gate, sleep)
+        if reason:
+            stop_run(home, run)
         while reason == "" and gate.step():
             sleep(_POLL_S)
         return Outcome(reason, gate.verdict)
@@ -166,25 +181,29 @@ def follow(
         gate.stop()
 
 
-def ledger_bytes(directory: Path) -> int:
-    """Length of a federation's ledger now."""
+def take_mark(directory: Path) -> Mark:
+    """To tell what a run adds from what was there."""
     path = directory / LEDGER_FILE
-    return path.stat().st_size if path.exists() else 0
+    return Mark(path.stat().st_size if path.exists() else 0, _app_pid(directory))
 
 
 def _until_end(
     home: Home,
     config: FederationConfig,
     run: int,
-    offset: int,
+    mark: Mark,
     show: Callable[[Mapping[str, Any]], None],
     gate: Gate,
     sleep: Callable[[float], None],
 ) -> str:
     """Why the run ended early, or "" when it did not."""
-    directory, asked_s = home.run(config.name), time.monotonic()
-    link = find_superlink(home)
+    directory, offset = home.run(config.name), mark.ledger_bytes
+    link, asked_s = find_superlink(home), time.monotonic()
     while True:
+        pid = _app_pid(directory)
+        died = pid not in ("", mark.pid) and not is_running(
+            int(pid)
+        )  # before the ledger is read: its last line comes first
         records, offset = _read_new(directory / LEDGER_FILE, offset)
         for record in records:
             show(record)
@@ -195,19 +214,26 @@ def _until_end(
             if record.get("event") == "failed":
                 return str(record.get("reason"))
         gate.step()
-        if records or _is_alive(directory):
-            asked_s = time.monotonic()
-        elif time.monotonic() - asked_s > _STATUS_S:
-            try:
-                if find_superlink(home) != link:
-                    return "the SuperLink was started anew"
-                status = run_status(home, run)
-            except (LinkError, UserError) as error:
-                return f"the SuperLink does not answer ({error})"
-            if status.startswith(_FINISHED) and not _read_new(directory / LEDGER_FILE, offset)[0]:
-                return f"Flower says {status}; the end of {home.log}: {last_lines(home.log)}"
+        if died:
+            return f"its ServerApp (process {pid}) died; the end of {home.log}: {last_lines(home.log)}"
+        if pid in ("", mark.pid) and time.monotonic() - asked_s > _STATUS_S:
+            if reason := _why_not_started(home, run, link):
+                return reason
             asked_s = time.monotonic()
         sleep(_POLL_S)
+
+
+def _why_not_started(home: Home, run: int, link: SuperLink) -> str:
+    """What keeps the ServerApp from starting; "" while Flower is at it."""
+    try:
+        if find_superlink(home) != link:
+            return "the SuperLink was started anew"
+        status = run_status(home, run)
+    except (LinkError, UserError) as error:
+        return f"the SuperLink does not answer ({error})"
+    if not status.startswith(_FINISHED):
+        return ""
+    return f"Flower says {status}; the end of {home.log}: {last_lines(home.log)}"
 
 
 def _read_new(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
@@ -232,13 +258,13 @@ def _read_new(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     return records, offset + (len(whole) + 1 if whole else 0)
 
 
-def _is_alive(directory: Path) -> bool:
-    """Whether the ServerApp that holds this federation's lock still runs."""
+def _app_pid(directory: Path) -> str:
+    """The process that holds, or last held, this federation's lock; "" when none is noted."""
     try:
-        pid = (directory / "lock").read_text()
+        pid = (directory / "lock").read_text(errors="replace")[:20]
     except OSError:
-        return False
-    return pid.isdigit() and is_running(int(pid))
+        return ""
+    return pid if pid.isdigit() else ""
 
 
 def _unjudged(directory: Path) -> list[int]:

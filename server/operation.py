@@ -238,7 +238,7 @@ def _start_and_follow(home: Home, config: FederationConfig) -> int:
     from rich.console import Console
 
     from server.federation import read_manifest
-    from server.following import FAILED, REFUSED, check_package, follow, ledger_bytes, start_federation
+    from server.following import FAILED, REFUSED, check_package, follow, start_federation, take_mark
     from server.terminal import live_rounds
 
     if config.gate and find_spec("mlflow") is None:
@@ -246,13 +246,13 @@ def _start_and_follow(home: Home, config: FederationConfig) -> int:
     for note in check_package(config, read_manifest(config)):
         print(note, file=sys.stderr)
     directory = home.run(config.name)
-    offset, before = ledger_bytes(directory), read_federation(directory).rounds
+    mark, before = take_mark(directory), read_federation(directory).rounds
     number = start_federation(home, config)
     print(f"run {number} of {config.name}, {config.rounds} rounds; Ctrl-C stops it", flush=True)
     go_on = f"python -m server resume federation={config.name} goes on"
     try:
         with live_rounds(Console(), config.name, config.rounds, before) as show:
-            outcome = follow(home, config, number, offset, show)
+            outcome = follow(home, config, number, mark, show)
     except KeyboardInterrupt:
         print(f"stopped after round {read_federation(directory).round}; {go_on}", file=sys.stderr)
         return 130
