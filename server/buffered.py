@@ -24,6 +24,7 @@ from server.selection import Device, choose_deadline_s, select_cohort
 from server.transport import Arrival
 
 WEIGHT_UNIT = 16  # weights stay whole numbers after they are discounted
+MOST_UNDONE = 5
 _POLL_S = 0.05
 _PAUSE_S = 10.0  # before a device that gave no update is asked again
 
@@ -62,11 +63,12 @@ def run_buffered(
     """Commit until the last round.
 
     Returns:
-        Whether it got there; False when no update came for as long as the configuration is patient.
+        Whether it got there; False when no update came for as long as the configuration is patient, or the loss
+        gate undid MOST_UNDONE commits in a row.
     """
     config, under_way = federation.config, dict[str, _Asked]()
-    buffer, heard_s = _open_buffer(federation), federation.clock()
-    while federation.number < config.rounds:
+    buffer, heard_s, undone = _open_buffer(federation, {}), federation.clock(), 0
+    while federation.number < config.rounds and undone < MOST_UNDONE:
         _fill(federation, greeter, buffer, under_way)
         arrivals = federation.transport.pull(list(under_way))
         before = len(buffer.collected.folded)
@@ -80,12 +82,15 @@ def run_buffered(
             if commit_round(federation, buffer.collected, buffer.asked, work, reason, apart):
                 report(federation.record)
                 offer_candidate(federation)
-            buffer = _open_buffer(federation)
+                buffer, undone = _open_buffer(federation, {}), 0
+            else:
+                # The same number again: an attempt that was asked for already would be answered as before.
+                buffer, undone = _open_buffer(federation, buffer.asked_by_name), undone + 1
         elif federation.clock() - heard_s > config.cohort.patience_s + config.cohort.longest_deadline_s:
             return False
         elif not arrivals:
             federation.sleep(_POLL_S)
-    return True
+    return federation.number >= config.rounds
 
 
 def discounted(weight: int, staleness: int) -> int:
@@ -93,13 +98,14 @@ def discounted(weight: int, staleness: int) -> int:
     return max(1, round(WEIGHT_UNIT * weight / sqrt(1 + staleness)))
 
 
-def _open_buffer(federation: Federation) -> _Buffer:
+def _open_buffer(federation: Federation, asked_by_name: dict[str, int]) -> _Buffer:
     number = federation.number + 1
     phase, reason, apart = choose_phase(federation.config, number, federation.drift)
     change_basis(federation, phase)
     work = Work(number, 0, phase, federation.config.cohort.longest_deadline_s, federation.state.versions)
     collected = Collected()
-    return _Buffer(federation, collected, Folding(federation, collected, [], work), reason, apart)
+    folding = Folding(federation, collected, [], work)
+    return _Buffer(federation, collected, folding, reason, apart, asked_by_name=asked_by_name)
 
 
 def _fill(federation: Federation, greeter: Greeter, buffer: _Buffer, under_way: dict[str, _Asked]) -> None:

@@ -51,7 +51,9 @@ def run_federation(federation: Federation, report: Callable[[Mapping[str, Any]],
     if finish_interrupted(federation, devices):
         report(federation.record)
     if config.mode.name == "buffered" and not run_buffered(federation, greeter, report):
-        raise FederationError(f"round {federation.number + 1}: no device answered; `resume` when devices are back")
+        raise FederationError(
+            f"round {federation.number + 1}: no update that could be committed; `resume` when devices are back"
+        )
     while federation.number < config.rounds:
         _one_round(federation, greeter)
         report(federation.record)
