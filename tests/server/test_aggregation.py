@@ -226,6 +226,7 @@ def test_only_sums_of_the_same_kind_merge() -> None:
             accumulator.merge(other)
     other = Accumulator(LAYOUT, ("b",))
     accumulator.fold(flat(1.0), 8, LARGEST_TOTAL_WEIGHT)
+    accumulator.merge(other)  # nothing in it: the largest weight is still allowed
     other.fold(flat(3.0), 8, 1)
     with pytest.raises(ValueError, match="more than"):
         accumulator.merge(other)

@@ -367,7 +367,7 @@ def test_writing_copies_no_array(tmp_path) -> None:
 
 @pytest.mark.parametrize("array", [np.array(["text"]), np.array([None]), np.zeros(2, ">f4"), np.zeros(2, np.complex64)])
 def test_only_plain_numbers_are_kept(tmp_path, array) -> None:
-    with pytest.raises(ValueError, match="x: .* arrays are not kept"):
+    with pytest.raises(ValueError, match=r"x: .* arrays are not kept"):
         save_checkpoint(tmp_path, 1, {"x": array}, {})
     assert files(tmp_path) == []
 

@@ -207,11 +207,22 @@ def test_headers_and_payloads_are_bounded() -> None:
         envelope_from_text(fitting + " ", b"")
 
     class Long(bytes):
-        def __len__(self):
-            return MAX_PAYLOAD_BYTES + 1
+        more = 0
 
+        def __len__(self):
+            return MAX_PAYLOAD_BYTES + self.more
+
+    payload = Long()
+    assert envelope_from_text('["k",{}]', payload).payload is payload
+    payload.more = 1
     with pytest.raises(MessageError, match="more than allowed"):
-        envelope_from_text("[]", Long())
+        envelope_from_text('["k",{}]', payload)
+
+
+def test_a_stream_may_announce_the_largest_message() -> None:
+    head = struct.pack("<4sIQ", b"S7M1", MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES)
+    answers = {16: head, MAX_HEADER_BYTES: b'["k",{}]', MAX_PAYLOAD_BYTES: b"as good as long"}
+    assert read_envelope(lambda count: answers[count]).payload == b"as good as long"
 
 
 @pytest.mark.parametrize(
