@@ -12,7 +12,7 @@ MAIN = .venv/.installed
 LEGACY = .venv-legacy/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test lint bench clean
+.PHONY: help setup demo federate ui test lint bench clean
 
 help:  ## list what can be typed
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ setup:  ## install both environments (.venv, .venv-legacy); instant when nothing
 
 demo: setup  ## from real text to signed 4-bit submodels, with a table at the end
 	@.venv/bin/python -m pipeline
+
+federate: setup  ## three devices train an adapter together, on this machine; makes the packages first if needed
+	@[ -e artifacts/packages/small/manifest.json ] || .venv/bin/python -m pipeline
+	@.venv/bin/python -m server demo
 
 ui: setup  ## open the family's runs in MLflow on http://127.0.0.1:5000
 	@.venv/bin/python -m pipeline.tracking_ui --port $(PORT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from edge_runtime.formats.errors import SevenfoldError, UserError
 from server import registry
 from server.certificates import ensure_certificates
 from server.config import FederationConfig, load_federation
+from server.federation import read_manifest
 from server.home import Home, open_home
 from server.operation import apply_registry, has_rounds, resume, run, terminable
 from server.page import serve_in_background
@@ -53,6 +55,8 @@ def run_demo(path: Path, page_port: int) -> int:
     for needed in (config.package / "manifest.json", corpus):
         if not needed.is_file():
             raise UserError("demo", str(needed), "a finished `python -m pipeline`", "type make demo first")
+    if not any(path.startswith("onnx/train_") for path in read_manifest(config).files):
+        raise UserError("demo", str(config.package), "a package with training files", "make demo makes it anew")
     home = open_home(path, create=True)
     _deal_text(home, corpus)
     _enrol_clients(home)
@@ -60,6 +64,7 @@ def run_demo(path: Path, page_port: int) -> int:
     with terminable(), _fleet_page(home, page_port) as page, running_superlink(home) as link:
         apply_registry(home)
         print(f"fleet page  {page}", flush=True)
+        _forget_earlier(home)
         with _clients(home, config, link) as clients:
             _wait_until_connected(home, clients)
             print("devices     3 connected, each with text of its own", flush=True)
@@ -131,11 +136,22 @@ def _wait_until_connected(home: Home, clients: dict[str, subprocess.Popen[bytes]
     raise DemoError(f"not every client connected within {CONNECTED_S:g} s; see {home.root / NAME}")
 
 
+def _forget_earlier(home: Home) -> None:
+    """Devices that start afresh carry no rounding residual of a federation that has ended."""
+    if not _is_unfinished(home):
+        for name in TRAINERS:
+            shutil.rmtree(home.root / NAME / name / "federations" / NAME, ignore_errors=True)
+
+
+def _is_unfinished(home: Home) -> bool:
+    return has_rounds(home.run(NAME)) and read_federation(home.run(NAME)).state != "ended"
+
+
 def _rounds(home: Home, config: FederationConfig) -> int:
     """Go on with what was cut off, or start from the beginning."""
-    view = read_federation(home.run(NAME))
-    if has_rounds(home.run(NAME)) and view.state != "ended":
-        print(f"going on after round {view.round}, where the last run was cut off", flush=True)
+    if _is_unfinished(home):
+        done = read_federation(home.run(NAME)).round
+        print(f"going on after round {done}, where the last run was cut off", flush=True)
         return resume(home, NAME, [])
     return run(home, config, fresh=True)
 

@@ -20,7 +20,7 @@ import uvicorn
 from edge_runtime.formats.envelope import MAX_PAYLOAD_BYTES
 from edge_runtime.formats.errors import UserError
 from server.home import Home
-from server.serving import serve_in_thread
+from server.page import serve_in_thread
 from server.superlink import SuperLink
 
 MAX_BODY_BYTES = MAX_PAYLOAD_BYTES + (16 << 20)

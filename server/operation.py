@@ -246,6 +246,8 @@ def _start_and_follow(home: Home, config: FederationConfig) -> int:
     for note in check_package(config, read_manifest(config)):
         print(note, file=sys.stderr)
     directory = home.run(config.name)
+    if config.secure.enabled:
+        _write_enrolled(home, config.name)
     mark, before = take_mark(directory), read_federation(directory).rounds
     number = start_federation(home, config)
     print(f"run {number} of {config.name}, {config.rounds} rounds; Ctrl-C stops it", flush=True)
@@ -268,6 +270,17 @@ def _start_and_follow(home: Home, config: FederationConfig) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     return 3 if outcome.verdict == REFUSED else 0
+
+
+def _write_enrolled(home: Home, federation: str) -> None:
+    """With masks, devices should not take the server's word for who is who."""
+    from edge_runtime.formats.signing import signing_key
+
+    path = registry.write_enrolled(home, federation, time.time_ns(), signing_key())
+    if path is not None:
+        print(
+            f"signed list of devices: {path}; give it to each device (client --enrolled FILE) to bind its masks to it"
+        )
 
 
 def _applied(home: Home) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +22,6 @@ from edge_runtime.formats.errors import UserError
 from server.home import Home
 from server.metrics import CONTENT_TYPE, render_metrics
 from server.registry import enrolled
-from server.serving import serve_in_thread
 from server.superlink import find_superlink
 from server.view import FederationView, bytes_text, number, read_federations, reasons_text
 
@@ -104,6 +105,24 @@ def serve_in_background(home: Home, port: int) -> Iterator[str]:
     config = uvicorn.Config(make_app(home), log_level="warning", access_log=False, lifespan="off", ws="none")
     with serve_in_thread(config, listener, "fleet-page"):
         yield f"http://{HOST}:{listener.getsockname()[1]}/"
+
+
+@contextlib.contextmanager
+def serve_in_thread(config: uvicorn.Config, listener: socket.socket, name: str) -> Iterator[None]:
+    """Serve until exit; the socket is closed then."""
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name=name, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        if not server.started:
+            raise RuntimeError(f"the {name} did not start")
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listener.close()
 
 
 def make_chart(curves: Sequence[tuple[str, str, Sequence[tuple[int, float]]]]) -> Chart | None:

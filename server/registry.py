@@ -15,16 +15,18 @@ from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.files import write_atomically
+from edge_runtime.formats.masking_keys import EnrolledKeys, sign_enrolled
 from server.home import Home
 from server.superlink import LinkError
 
 MAX_CARD_BYTES = 16 << 10
 MAX_DEVICES = 100_000
+ENROLLED_FILE = "enrolled.signed"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CARD = "its owner makes one with python -m edge_runtime client keys"
 
@@ -101,7 +103,7 @@ def enrolled(home: Home) -> list[Device]:
     Raises:
         UserError: A file of the registry is damaged.
     """
-    files = sorted(path for path in home.registry.glob("*.json") if path.name != "enrolled.json")[:MAX_DEVICES]
+    files = sorted(home.registry.glob("*.json"))[:MAX_DEVICES]
     return [_parse(path, _read(path), registry=True) for path in files]
 
 
@@ -131,6 +133,25 @@ def read_card(path: Path) -> Device:
         UserError: Too long, not JSON, a field missing, or a key of another kind.
     """
     return _parse(path, _read(path), registry=False)
+
+
+def write_enrolled(home: Home, federation: str, serial: int, key: Ed25519PrivateKey) -> Path | None:
+    """The signed list of the devices that may be in a cohort, for ``client --enrolled``; None without devices.
+
+    A device that has it masks its updates among these only, whatever the server shows it.
+
+    Args:
+        home: Whose devices.
+        federation: The only one that the list is good for.
+        serial: Larger than that of every earlier list.
+        key: The operator's; devices trust its public half.
+    """
+    keys = frozenset(bytes.fromhex(device.public_key) for device in enrolled(home) if not device.revoked)
+    if not keys:
+        return None
+    path = home.run(federation) / ENROLLED_FILE
+    write_atomically(path, sign_enrolled(EnrolledKeys(federation, serial, keys), key).to_bytes())
+    return path
 
 
 def _register(home: Home, device: Device, commands: NodeCommands) -> int:
@@ -164,8 +185,8 @@ def _parse(path: Path, values: dict[str, Any], *, registry: bool) -> Device:
         if not isinstance(values.get(field), str):
             raise UserError(f"{path.name}: {field}", values.get(field), "text", _CARD)
     name, node_key, public_key = values["name"], values["node_key"].strip(), values["public_key"]
-    if _NAME.fullmatch(name) is None or name == "enrolled":
-        raise UserError(f"{path.name}: name", _short(name), "1 to 64 of A-Z a-z 0-9 . _ -, not 'enrolled'")
+    if _NAME.fullmatch(name) is None:
+        raise UserError(f"{path.name}: name", _short(name), "1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first")
     node, revoked = (values.get("node"), values.get("revoked", False)) if registry else (None, False)
     if registry and (path.stem != name or type(revoked) is not bool or not (node is None or type(node) is int)):
         raise UserError("registry", str(path), "a file that enrol wrote", "remove it and enrol the device again")

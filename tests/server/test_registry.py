@@ -9,7 +9,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from edge_runtime.formats.envelope import read_envelope
 from edge_runtime.formats.errors import UserError
+from edge_runtime.formats.masking_keys import open_enrolled
+from edge_runtime.formats.signing import TrustStore, fingerprint
 from server import registry
 from server.home import Home, open_home
 from server.superlink import LinkError
@@ -129,7 +132,7 @@ BAD_KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["", "../pi", ".pi", "a/b", "enrolled", "x" * 65, "a\n", "ü"])
+@pytest.mark.parametrize("name", ["", "../pi", ".pi", "a/b", "x" * 65, "a\n", "ü"])
 def test_names_that_are_no_names_are_refused(home: Home, tmp_path: Path, name: str) -> None:
     path = tmp_path / "card.json"
     path.write_text(json.dumps(json.loads(card(tmp_path).read_text()) | {"name": name}))
@@ -140,7 +143,7 @@ def test_names_that_are_no_names_are_refused(home: Home, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("kind", BAD_KEYS)
 def test_node_keys_of_another_kind_are_refused(home: Home, tmp_path: Path, kind: str) -> None:
-    with pytest.raises(UserError, match="node_key: .*P-384"):
+    with pytest.raises(UserError, match=r"node_key: .*P-384"):
         registry.enrol(home, card(tmp_path, node_key=BAD_KEYS[kind]))
 
 
@@ -163,6 +166,20 @@ def test_a_card_brings_neither_a_node_nor_its_own_pardon(home: Home, tmp_path: P
     device = registry.enrol(home, card(tmp_path, node=7, revoked=False, extra="x"))
     assert (device.node, device.revoked) == (None, False)
     assert "extra" not in (home.registry / "pi.json").read_text()
+
+
+def test_the_signed_list_holds_those_who_may_take_part_and_nobody_else(home: Home, tmp_path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    trusted = TrustStore({fingerprint(key.public_key()): key.public_key()})
+    assert registry.write_enrolled(home, "demo", 1, key) is None
+    devices = [registry.enrol(home, card(tmp_path, name)) for name in ("one", "two", "three")]
+    registry.revoke(home, "two")
+    path = registry.write_enrolled(home, "demo", 7, key)
+    assert path is not None
+    with path.open("rb") as file:
+        opened = open_enrolled(read_envelope(file.read), trusted)
+    assert (opened.federation, opened.serial) == ("demo", 7)
+    assert opened.keys == {bytes.fromhex(device.public_key) for device in devices if device.name != "two"}
 
 
 def test_comments_behind_a_key_are_dropped(home: Home, tmp_path: Path) -> None:
