@@ -55,7 +55,8 @@ def serve_gateway(home: Home, link: SuperLink, host: str, port: int) -> Iterator
         make_gateway(home, link.address),
         log_level="warning",
         access_log=False,
-        lifespan="off",
+        lifespan="on",
+        loop="asyncio",
         ws="none",
         ssl_certfile=str(home.root / "server.crt"),
         ssl_keyfile=str(home.root / "server.key"),
@@ -73,6 +74,9 @@ def make_gateway(home: Home, upstream: str) -> Callable[[MutableMapping[str, Any
     )
 
     async def gateway(scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(client, receive, send)
+            return
         if scope["type"] != "http" or scope["method"] != "POST" or _PATH.fullmatch(scope["path"]) is None:
             await _answer(send, 404)
             return
@@ -96,6 +100,14 @@ def make_gateway(home: Home, upstream: str) -> Callable[[MutableMapping[str, Any
             await reply.aclose()
 
     return gateway
+
+
+async def _live(client: httpx.AsyncClient, receive: _Receive, send: _Send) -> None:
+    """Close the connections to the SuperLink when the server ends."""
+    while (await receive())["type"] != "lifespan.shutdown":
+        await send({"type": "lifespan.startup.complete"})
+    await client.aclose()
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 async def _body(receive: _Receive) -> AsyncIterator[bytes]:

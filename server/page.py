@@ -102,7 +102,9 @@ def serve_in_background(home: Home, port: int) -> Iterator[str]:
     except OSError as error:
         listener.close()
         raise UserError("--page-port", port, "a free port", "name another, or end what listens there") from error
-    config = uvicorn.Config(make_app(home), log_level="warning", access_log=False, lifespan="off", ws="none")
+    config = uvicorn.Config(
+        make_app(home), log_level="warning", access_log=False, lifespan="off", ws="none", loop="asyncio"
+    )
     with serve_in_thread(config, listener, "fleet-page"):
         yield f"http://{HOST}:{listener.getsockname()[1]}/"
 
