@@ -38,6 +38,7 @@ def header(reply, **fields):
     return Envelope("update", dict(reply.header) | fields, reply.payload)
 
 
+NOISE = np.random.default_rng(1).bytes(999)
 LIARS = {
     "NaN": ("finite", with_first(np.nan)),
     "infinity": ("finite", with_first(-np.inf)),
@@ -60,7 +61,7 @@ LIARS = {
     "no message of the protocol": ("kind", lambda reply, old: Envelope("malformed", {})),
     "an update without fields": ("malformed", lambda reply, old: Envelope("update", {}, b"x")),
     "one field too many": ("malformed", lambda reply, old: header(reply, path="/etc/passwd")),
-    "random bytes": ("malformed", lambda reply, old: Envelope("update", {"\x00": 1}, np.random.default_rng(1).bytes(999))),
+    "random bytes": ("malformed", lambda reply, old: Envelope("update", {"\x00": 1}, NOISE)),
     "a decline without fields": ("malformed", lambda reply, old: Envelope("decline", {"reason": ["factors"]})),
 }  # fmt: skip
 

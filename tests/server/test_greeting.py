@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -176,7 +177,7 @@ def test_who_cannot_answer_now_is_greeted_again_after_a_pause(tmp_path, trouble)
     greeter = Greeter()
     assert [device.name for device in greeter.wait_for(run, 1, 60.0)] == ["simulated-00000"]
     pause_s = ANSWER_S if trouble == "gone" else 25.0
-    gaps = [b - a for a, b in zip(asked, asked[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(asked)]
     assert len(asked) == 3 and all(pause_s <= gap < pause_s + 0.5 for gap in gaps)
     assert not greeter.turned_away and not events_of(run, "turned_away")
 

@@ -70,12 +70,13 @@ def outcome_of(run, *without):
     return adapter_digest(run), optimizer, residuals, sorted(known), numbers, candidates, rounds_of(run, *without)
 
 
+GENTLE = ("optimizer.name=fedadam", "optimizer.learning_rate=0.01")
 CRASHES = {
     "nesterov turns": ("optimizer.name=nesterov", "optimizer.average=6", "phases.turn_rounds=2"),
     "fedavg alternating": ("optimizer.name=fedavg", "phases.warmup_rounds=1", "candidate_every=2"),
     "fedavgm both": ("optimizer.name=fedavgm", "phases.schedule=both", "cohort.over_selection=2", "cohort.size=2"),
-    "fedadam auto": ("optimizer.name=fedadam", "optimizer.learning_rate=0.01", "phases.schedule=auto", "phases.dispersion=0.1"),
-    "fedadam core": ("optimizer.name=fedadam", "optimizer.learning_rate=0.01", "phases.schedule=core", "phases.warmup_rounds=1"),
+    "fedadam auto": (*GENTLE, "phases.schedule=auto", "phases.dispersion=0.1"),
+    "fedadam core": (*GENTLE, "phases.schedule=core", "phases.warmup_rounds=1"),
 }
 
 
