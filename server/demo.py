@@ -31,7 +31,7 @@ from server.view import read_federation
 
 NAME = "demo"
 TRAINERS = {"client-1": "onnx", "client-2": "tflite", "client-3": "onnx"}
-PROMPT, TEXT_TOKENS = "The function returns", 40
+PROMPT, TEXT_TOKENS = "The following", 24
 CONNECTED_S = 120.0
 
 
