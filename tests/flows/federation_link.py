@@ -10,16 +10,18 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from numpy.typing import NDArray
 
 from edge_runtime.config import ClientConfig
 from edge_runtime.federated import supernode
@@ -57,23 +59,26 @@ class Died(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """What a device put under masks: codes and weight, in which session of which round."""
+    """What a device put under masks: codes and weight, in which session of which round; and what it sent of them."""
 
     round: int
     mask: MaskPlan
-    codes: np.ndarray
+    codes: NDArray[np.int32]
     weight: int
+    payload: bytes
 
 
 class Recording(SecureSessions):
     """Masks as a device does, and remembers what."""
 
-    masked: list[Masked]
+    def __init__(self, device_key: Ed25519PrivateKey) -> None:
+        super().__init__(device_key, None)
+        self.masked: list[Masked] = []
 
-    def mask(self, plan: Plan, codes: Any, sizes: Any, weight: int) -> bytes:
+    def mask(self, plan: Plan, codes: NDArray[np.int32], sizes: Sequence[int], weight: int) -> bytes:
         assert plan.mask is not None
         payload = super().mask(plan, codes, sizes, weight)
-        self.masked.append(Masked(plan.round, plan.mask, codes.copy(), weight))
+        self.masked.append(Masked(plan.round, plan.mask, codes.copy(), weight, payload))
         return payload
 
 
@@ -89,12 +94,10 @@ def make_resident(name: str, folder: Path, state: DeviceState) -> Resident:
     )
     data.refresh()
     key = device_key(state.directory)
-    sessions = Recording(key, None)
-    sessions.masked = []
     around = Surroundings(
         lease=granted, readiness=lambda: None, stopping=lambda: False, clock=time.monotonic, log=lambda line: None
     )
-    return Resident(name, small_manifest(), LinearTrainer(), data, state, key, around, sessions)
+    return Resident(name, small_manifest(), LinearTrainer(), data, state, key, around, Recording(key))
 
 
 @dataclass
@@ -103,24 +106,17 @@ class Device:
 
     Attributes:
         wrap: Makes the handler out of the resident; a restarted device gets a new resident.
-        hard: Whether a death is one of which the SuperLink hears nothing.
     """
 
     name: str
     folder: Path
     link: Link
     wrap: Callable[[Resident], Handler] = lambda resident: resident.handle
-    hard: bool = False
     stop: Stop = field(default_factory=Stop)
     lines: list[str] = field(default_factory=list)
     resident: Resident | None = None
     thread: threading.Thread | None = None
     error: BaseException | None = None
-
-    @property
-    def masked(self) -> list[Masked]:
-        assert self.resident is not None and isinstance(self.resident.sessions, Recording)
-        return self.resident.sessions.masked
 
     @property
     def dead(self) -> bool:
@@ -165,10 +161,10 @@ class Meeting:
     folder: Path
     started: list[Device] = field(default_factory=list)
 
-    def device(self, name: str, wrap: Callable[[Resident], Handler] | None = None, *, hard: bool = False) -> Device:
+    def device(self, name: str, wrap: Callable[[Resident], Handler] | None = None) -> Device:
         """Start one and wait until the SuperLink has let it in."""
         link = Link(self.link.address, self.home.ca_certificate)
-        device = Device(name, self.folder / name, link, wrap or (lambda resident: resident.handle), hard)
+        device = Device(name, self.folder / name, link, wrap or (lambda resident: resident.handle))
         self.started.append(device.start())
         wait_for(device.connected, f"the connection of {name}")
         return device
@@ -177,15 +173,19 @@ class Meeting:
         """Start the ServerApp, for the first time or again."""
         start_federation(self.home, config)
 
+    def app_pid(self, name: str) -> int:
+        return int((self.home.run(name) / "lock").read_text())
+
     def ledger(self, name: str, event: str = "") -> list[dict[str, Any]]:
         records = read_records(self.home.run(name) / "ledger.jsonl")
         failed = [record["reason"] for record in records if record["event"] == "failed"]
         assert not failed, failed
         return [record for record in records if event in ("", record["event"])]
 
-    def wait_for_end(self, name: str, seconds: float = PATIENCE_S) -> list[dict[str, Any]]:
+    def wait_for_end(self, name: str, round_number: int) -> list[dict[str, Any]]:
         """The records of all rounds, after the last."""
-        wait_for(lambda: self.ledger(name, "end"), f"the end of {name}", seconds)
+        ends = lambda: any(record["round"] == round_number for record in self.ledger(name, "end"))  # noqa: E731
+        wait_for(ends, f"the end of {name} after round {round_number}")
         return self.ledger(name, "round")
 
     def dismiss(self) -> None:

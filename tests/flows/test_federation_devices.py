@@ -112,7 +112,7 @@ def test_every_lie_is_refused_by_its_name_and_changes_nothing(
         f"cohort.quorum={len(HONEST)}",
     )  # fmt: skip
     here.run(config)
-    rounds = here.wait_for_end(config.name)
+    rounds = here.wait_for_end(config.name, 2)
 
     first = sorted({**EXPECTED, "old": "malformed"}.values())
     later = sorted(EXPECTED.values())
