@@ -242,6 +242,12 @@ def test_the_bound_depends_on_no_order_and_a_large_round_keeps_its_median() -> N
     assert gates[0].bound("b") == pytest.approx(2 * np.median(norms), rel=0.02)
 
 
+def test_a_large_round_is_thinned_evenly() -> None:
+    gate = NormGate(1.0, 0.0)
+    gate.accept("b", map(float, range(128)))
+    assert gate.state() == {"b": [[float(norm) for norm in range(1, 128, 2)]]}
+
+
 def test_a_minority_that_grows_round_by_round_does_not_drag_the_bound_along() -> None:
     gate = NormGate(3.0, 0.0)
     gate.accept("b", [1.0] * 10)

@@ -41,6 +41,13 @@ def test_a_record_is_on_the_disk_when_append_returns(tmp_path, monkeypatch) -> N
     assert synced == [len(b'{"a":1}\n')]
 
 
+def test_the_name_of_a_new_ledger_is_on_the_disk_too(tmp_path, monkeypatch) -> None:
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), fsync(handle)))
+    Ledger(tmp_path / "run")
+    assert synced == [(tmp_path / "run").stat().st_ino]
+
+
 def test_a_line_cut_at_any_byte_is_dropped(tmp_path, caplog) -> None:
     ledger = Ledger(tmp_path)
     for record in RECORDS:
@@ -262,6 +269,15 @@ def test_a_whole_file_under_another_digests_name_is_damaged(tmp_path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\2\0\0\0\0\0\0\0{}", b"\xff" * 40])
 def test_a_file_with_the_right_digest_that_is_no_checkpoint_is_damaged(tmp_path, content) -> None:
     (tmp_path / f"0000000001-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="checkpoints"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_beyond_any_checkpoint_is_not_read(tmp_path, monkeypatch) -> None:
+    path = save_checkpoint(tmp_path, 1, {"x": np.zeros(100)}, {})
+    monkeypatch.setattr(ledger_module, "MAX_CHECKPOINT_BYTES", path.stat().st_size)
+    assert load_checkpoint(tmp_path) is not None
+    monkeypatch.setattr(ledger_module, "MAX_CHECKPOINT_BYTES", path.stat().st_size - 1)
     with pytest.raises(UserError, match="checkpoints"):
         load_checkpoint(tmp_path)
 
