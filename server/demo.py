@@ -25,7 +25,7 @@ from server.federation import read_manifest
 from server.home import Home, open_home
 from server.operation import apply_registry, has_rounds, resume, run, terminable
 from server.page import serve_in_background
-from server.processes import end_processes
+from server.processes import MARKER, end_processes
 from server.superlink import PROJECT, SuperLink, last_lines, list_nodes, running_superlink
 from server.view import read_federation
 
@@ -103,7 +103,7 @@ def _fleet_page(home: Home, port: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _clients(home: Home, config: FederationConfig, link: SuperLink) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Three devices, ended by their ids at exit."""
+    """Three devices, ended by their ids at exit; after a kill, the next SuperLink of this home ends them."""
     clients: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, trainer in TRAINERS.items():
@@ -114,7 +114,8 @@ def _clients(home: Home, config: FederationConfig, link: SuperLink) -> Iterator[
             words += ["--trainer", trainer, "--threads", "1"]
             with _log(home, name).open("wb") as log:
                 clients[name] = subprocess.Popen(
-                    [sys.executable, *words], cwd=PROJECT, env=_environment(), stdin=subprocess.DEVNULL,
+                    [sys.executable, *words], cwd=PROJECT, env=_environment() | {MARKER: str(home.root)},
+                    stdin=subprocess.DEVNULL,
                     stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
         yield clients
