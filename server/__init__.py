@@ -1,1 +1,1 @@
-"""The Flower side: rounds of LoRA updates (not built yet; see CHANGELOG.md)."""
+"""The Flower side: rounds that improve a LoRA adapter on devices whose text stays where it is."""
