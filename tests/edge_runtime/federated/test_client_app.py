@@ -111,6 +111,7 @@ def bad_records() -> list[RecordDict]:
 
     good = Array(np.frombuffer(b"abcdefgh", np.uint8))
     longer = Array("uint8", (4,), "numpy.ndarray", good.data + b"x" * 10_000)
+    trailing = Array("uint8", (8,), "numpy.ndarray", good.data + b"x" * 10_000)
     lying = Array("uint8", (9,), "numpy.ndarray", good.data)
     objects = Array("uint8", (8,), "numpy.ndarray", Array(np.zeros(1, np.float64)).data)
     return [
@@ -126,7 +127,7 @@ def bad_records() -> list[RecordDict]:
         with_array(Array("uint8", (8,), "pickle", good.data)),
         with_array(Array("uint8", (8,), "numpy.ndarray", b"no numpy file at all")),
         with_array(Array("uint8", (8,), "numpy.ndarray", b"")),
-        *(with_array(array) for array in (longer, lying, objects)),
+        *(with_array(array) for array in (longer, trailing, lying, objects)),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
@@ -96,6 +97,18 @@ def test_a_step_that_is_running_is_waited_for(tmp_path: Path, start: object) -> 
         assert drain(trainer) == ["end 1"]
 
 
+def test_a_generation_that_waits_for_a_step_is_next_whatever_the_trainer_does(tmp_path: Path, start: object) -> None:
+    with training_lease(tmp_path / "lease", wait=give_nothing):
+        generator = start(GENERATOR)  # type: ignore[operator]
+        end_s = time.monotonic() + 30
+        while not is_wanted(tmp_path / "lease"):
+            assert time.monotonic() < end_s
+    # The step has ended; the generation may not have woken up yet, but the trainer is held back already.
+    with training_lease(tmp_path / "lease", wait=give_nothing, give_up=lambda: True) as granted:
+        assert not granted
+    assert line(generator) == "generating"
+
+
 def test_a_trainer_killed_in_a_step_leaves_no_lock(tmp_path: Path, start: object) -> None:
     trainer = start(TRAINER, "600")  # type: ignore[operator]
     assert line(trainer) == "begin 1"
@@ -143,8 +156,6 @@ def test_two_trainers_never_step_together(tmp_path: Path) -> None:
             assert first and not second
         # The one that was turned away gave `wanted` back: a generation may announce itself meanwhile.
         handle = os.open(tmp_path / WANTED_FILE, os.O_RDWR)
-        import fcntl
-
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.close(handle)
 
@@ -175,6 +186,15 @@ def test_the_directory_is_this_machines_state(monkeypatch: pytest.MonkeyPatch, t
 
 def give_nothing(seconds: float) -> None:
     """Do not sleep."""
+
+
+def is_wanted(directory: Path) -> bool:
+    with (directory / WANTED_FILE).open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def drain(process: subprocess.Popen[str]) -> list[str]:
