@@ -196,12 +196,10 @@ def bind_adapter(directory: Path, base_digest: str) -> None:
 
 
 def _alpha(adapter: Adapter) -> int | float:
-    """``lora_alpha`` of which readers, who divide by r, get the scale back: to the bit where a double has it."""
-    product = adapter.scale * adapter.rank
-    if not (math.isfinite(product) and 0 < product < _MAX_ALPHA):
+    """``lora_alpha`` of which readers, who divide by r, get the scale back up to the last place of a double."""
+    alpha = adapter.scale * adapter.rank
+    if not (math.isfinite(alpha) and 0 < alpha < _MAX_ALPHA):
         raise AdapterError(f"scale {adapter.scale} at rank {adapter.rank}: a lora_alpha between 0 and 1e6 is allowed")
-    near = (product, math.nextafter(product, math.inf), math.nextafter(product, 0.0))
-    alpha = next((value for value in near if value / adapter.rank == adapter.scale), product)
     return int(alpha) if alpha.is_integer() else alpha
 
 

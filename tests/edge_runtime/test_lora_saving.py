@@ -107,7 +107,9 @@ def test_the_weights_file_names_the_base(tmp_path: Path) -> None:
 
 
 @given(alpha=st.floats(1e-3, 1e3), max_rank=st.integers(1, 256), share=st.floats(0, 1))
-def test_a_scale_comes_back_to_the_last_place_and_exactly_for_powers_of_two(alpha: float, max_rank: int, share: float) -> None:
+def test_a_scale_comes_back_to_the_last_place_and_exactly_for_powers_of_two(
+    alpha: float, max_rank: int, share: float
+) -> None:
     scale, rank = alpha / max_rank, max(1, round(share * max_rank))
     written = lora._alpha(Adapter(rank, scale, {}, DIGEST))
     assert abs(written / rank - scale) <= math.ulp(scale)
