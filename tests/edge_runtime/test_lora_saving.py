@@ -106,6 +106,12 @@ def test_the_weights_file_names_the_base(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "base.json").read_text()) == {"base_digest": DIGEST}
 
 
+def test_values_begin_at_a_multiple_of_eight_bytes_as_safetensors_writes_them() -> None:
+    raws = [encode_adapter(make(rank, seed=rank))[FILES[1]] for rank in (1, 9, 10, 100)]
+    headers = [int.from_bytes(raw[:8], "little") for raw in raws]
+    assert len(set(headers)) > 1 and not any(length % 8 for length in headers)
+
+
 @given(alpha=st.floats(1e-3, 1e3), max_rank=st.integers(1, 256), share=st.floats(0, 1))
 def test_a_scale_comes_back_to_the_last_place_and_exactly_for_powers_of_two(
     alpha: float, max_rank: int, share: float
