@@ -47,13 +47,14 @@ class Cohort:
     """Six devices, what is to happen to them, and what they put under masks.
 
     Attributes:
-        dies_at: By name, the kind of message that a device hears last.
+        dies_at: By name, the kind of message that a device hears last, and the round: what it was asked before it
+            died it is asked again, in another life.
         held: Devices that do not answer a plan before ``go`` is set.
         masked: By name; earlier lives included.
     """
 
     place: Meeting
-    dies_at: dict[str, str] = field(default_factory=dict)
+    dies_at: dict[str, tuple[str, int]] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     go: threading.Event = field(default_factory=threading.Event)
     devices: dict[str, Device] = field(default_factory=dict)
@@ -88,7 +89,8 @@ class Cohort:
         resident.sessions.masked = self.masked[name]
 
         def handle(envelope: Envelope) -> Envelope:
-            if self.dies_at.get(name) == envelope.kind:
+            kind, number = self.dies_at.get(name, ("", 0))
+            if envelope.kind == kind and envelope.header.get("round", number) == number:
                 raise Died
             if name in self.held and envelope.kind == "plan":
                 assert self.go.wait(100)
@@ -114,7 +116,7 @@ def config(cohort: Cohort) -> FederationConfig:
 def test_a_third_gone_behind_its_masks_leaves_an_exact_sum(cohort: Cohort, config: FederationConfig) -> None:
     """One dies with its shares before it masks anything, one right after it sent what is masked."""
     cohort.start()
-    cohort.dies_at = {"frances": "plan", "niklaus": "maskunmask"}
+    cohort.dies_at = {"frances": ("plan", 1), "niklaus": ("maskunmask", 1)}
     with hard_deaths():
         cohort.place.run(config)
         (record,) = cohort.place.wait_for_end(config.name, 1)
@@ -131,7 +133,7 @@ def test_one_more_gone_abandons_the_attempt_and_the_next_has_other_masks(
 ) -> None:
     cohort.revive()
     before = state_of(cohort, config)
-    cohort.dies_at = dict.fromkeys(("edsger", "frances", "niklaus"), "plan")
+    cohort.dies_at = dict.fromkeys(("edsger", "frances", "niklaus"), ("plan", 2))
     cohort.place.run(with_overrides(config, ["rounds=2"]))
     (abandoned,) = wait_for(lambda: cohort.place.ledger(config.name, "abandoned"), "the end of the first attempt")
     assert (abandoned["round"], abandoned["attempt"]) == (2, 0) and "lost 3" in abandoned["reason"]
