@@ -223,6 +223,25 @@ def test_a_device_without_the_factors_gets_its_plan_again_once() -> None:
     assert np.array_equal(result.sums, plain_sum(devices))
 
 
+def test_a_device_that_never_has_the_factors_is_asked_twice() -> None:
+    devices, asked = make_devices([8] * 4), []
+    cohort = Cohort(devices)
+    answer = devices[0].answer
+
+    def refuse(envelope: Envelope) -> Envelope:
+        if envelope.kind != "plan":
+            return answer(envelope)
+        asked.append(envelope)
+        assert len(asked) <= 2
+        return decline(Reason.FACTORS)
+
+    devices[0].answer = refuse  # type: ignore[method-assign]
+    result = run(cohort)
+    assert isinstance(result, SecureSum) and len(asked) == 2
+    assert result.tally.declined[100].reason is Reason.FACTORS
+    assert np.array_equal(result.sums, plain_sum(devices[1:]))
+
+
 @pytest.mark.parametrize("kind", ["maskkeys", "maskshares", "maskready", "maskreveal"])
 @pytest.mark.parametrize("fault", ["cut", "grown", "session", "kind", "field"])
 def test_a_malformed_reply_costs_its_sender_only(kind: str, fault: str) -> None:
