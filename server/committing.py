@@ -17,6 +17,7 @@ from server.aggregation import Mean
 from server.collecting import Collected, Conversation, Work, needs_factors
 from server.federation import Federation, adapter_digest, save_federation, write_candidate, write_devices
 from server.gates import Refusal
+from server.masked import move_scales
 from server.noise import add_noise
 from server.plan import Drift, make_score_plan
 from server.selection import Device
@@ -44,12 +45,15 @@ def commit_round(
         raise ValueError("a round without an update cannot be committed")
     started_s, number = federation.clock(), work.number
     before = federation.state.copy(), federation.optimizer.state()
-    norm = _apply(federation, add_noise(federation, collected, work), work.phase)
+    released = add_noise(federation, collected, work)
+    norm = _apply(federation, released, work.phase)
     if not _passes_loss_gate(federation, collected):
         before[0].newest = federation.state.newest  # devices hold what was undone: its versions are used up
         federation.state = before[0]
         federation.optimizer.load_state(before[1])
         return False
+    if federation.config.secure.enabled:
+        move_scales(federation, collected, released, work)
     federation.norm_gate.accept(work.phase.value, collected.norms)
     for device, update in collected.folded:
         device.folded_plan = update.plan_id

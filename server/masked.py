@@ -34,7 +34,7 @@ def collect_masked(
     With the robust median every group has a masked sum of its own, all at the same time.
 
     Args:
-        federation: Its ``mask_scales`` move on when the round has a mean.
+        federation: Between two rounds.
         cohort: At least the quorum.
         work: ``attempt`` must be new: masks are never used twice.
         random_bytes: Names the sessions.
@@ -68,14 +68,22 @@ def collect_masked(
         collected.folded.clear()
         return collected
     collected.mean, collected.scales = mean, tuple(scales)
-    federation.mask_scales[phase.value] = choose_scales(scales, mean.vector, sizes, *_limits(federation))
     return collected
 
 
-def _limits(federation: Federation) -> tuple[int, float]:
-    """(largest code, what no update should exceed)."""
+def move_scales(federation: Federation, collected: Collected, released: Mean, work: Work) -> None:
+    """The next round's public scales, from the mean as it is released: with its noise."""
+    sizes = federation.layout.segment_sizes(work.phase.groups, federation.layout.max_rank)
+    federation.mask_scales[work.phase.value] = choose_scales(
+        collected.scales, released.vector, sizes, *_limits(federation)
+    )
+
+
+def _limits(federation: Federation) -> tuple[int, float, float]:
+    """(largest code, what no update should exceed, each device's noise)."""
     local = federation.config.local
-    return federation.config.secure.largest_code, max(local.learning_rate, local.learning_rate_b) * local.steps
+    bound = max(local.learning_rate, local.learning_rate_b) * local.steps
+    return federation.config.secure.largest_code, bound, noise_share(federation)
 
 
 def _groups(federation: Federation, cohort: Sequence[Device], work: Work) -> list[list[Device]]:

@@ -84,7 +84,10 @@ def read_envelope(receive: Callable[[int], bytes]) -> Envelope:
     Raises:
         MessageError: Not an envelope, or larger than allowed; nothing beyond the first 16 bytes was read then.
     """
-    magic, header_bytes, payload_bytes = _HEAD.unpack(receive(_HEAD.size))
+    head = receive(_HEAD.size)
+    if len(head) != _HEAD.size:
+        raise MessageError("message: it is cut")
+    magic, header_bytes, payload_bytes = _HEAD.unpack(head)
     if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
         raise MessageError("message: not of this protocol, or too long")
     try:
