@@ -393,3 +393,4 @@ def test_what_cannot_be_written_is_refused(tmp_path, number, meta) -> None:
     with pytest.raises(ValueError, match=r"round|Out of range"):
         save_checkpoint(tmp_path, number, {}, meta)
     assert files(tmp_path) == []
+    assert save_checkpoint(tmp_path, 10**10 - 1, {}, {}).name.startswith("9" * 10)
