@@ -5,7 +5,7 @@ import pytest
 
 from edge_runtime.formats.envelope import seal, unseal
 from edge_runtime.formats.layout import Phase, effective_pairs
-from edge_runtime.formats.messages import Decline, Plan, Reason, Update
+from edge_runtime.formats.messages import Decline, Plan, Reason, Score, Update
 from server.federation import adapter_digest, open_federation
 from server.fleet import simulated_layout
 from server.rounds import MOST_ATTEMPTS, FederationError, run_federation
@@ -281,6 +281,37 @@ def test_an_out_of_date_norm_bound_starts_anew(tmp_path) -> None:
     assert len(rounds_of(run)) == 4
     events = events_of(run, "abandoned")
     assert [(e["round"], "bound on norms starts anew" in e["reason"]) for e in events] == [(3, True)]
+
+
+def test_a_round_that_raises_held_out_loss_is_undone_as_if_it_had_never_been(tmp_path) -> None:
+    gated = settings(
+        "rounds=3", "optimizer.name=nesterov", "optimizer.average=6", "gates.loss_rise=0.5", "evaluation.every=1"
+    )
+    run_federation(quiet := federate(gated, tmp_path / "quiet", phones(gated)))
+    devices = phones(gated)
+
+    def worse_once(device):
+        asked = []
+
+        def answer(envelope):
+            # Of round 1: first its own evaluation, then the gate's of round 2.
+            asked.append((envelope.kind, envelope.header.get("round")))
+            bad = asked[-1] == ("scoreplan", 1) and asked.count(("scoreplan", 1)) == 2
+            return seal(Score(1, 1e6, 1)) if bad else device(envelope)
+
+        return answer
+
+    run = federate(gated, tmp_path / "undone", {node: worse_once(device) for node, device in devices.items()})
+    run_federation(run)
+    assert [(e["round"], e["attempt"], "'loss': 3" in e["reason"]) for e in events_of(run, "abandoned")] == [
+        (2, 0, True)
+    ]
+    assert [r["attempt"] for r in rounds_of(run)] == [0, 1, 0]
+    assert adapter_digest(run) == adapter_digest(quiet)
+    mine, theirs = run.optimizer.state(), quiet.optimizer.state()
+    assert {name: value.tobytes() for name, value in mine.items()} == {n: v.tobytes() for n, v in theirs.items()}
+    # Devices hold what was undone: its version is never used for anything else.
+    assert [r["versions"]["b"] for r in rounds_of(run)][:2] == [1, 3]
 
 
 def seal_with(envelope, **fields):
