@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.broadcast import Snapshot, initial_vector, take_snapshot
+from edge_runtime.formats.broadcast import Snapshot, initial_vector, pack_parts, take_snapshot
 from edge_runtime.formats.codec import Codec, decode
+from edge_runtime.formats.envelope import sha256
 from edge_runtime.formats.layout import AdapterLayout, Factors
+from edge_runtime.formats.messages import Part
 from server.aggregation import fold_core, refactor_for_core
 
 
@@ -26,6 +28,7 @@ class AdapterState:
         newest: The largest version so far.
         averages: Running means of the values, (n,) float32: the adapter that is offered, while devices train on.
         averaged: Rounds in them.
+        brought: Parts, payload and its digest for each kind of device, so that a thousand plans share a few payloads.
     """
 
     layout: AdapterLayout
@@ -37,11 +40,20 @@ class AdapterState:
     newest: int = 0
     averages: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     averaged: int = 0
+    brought: dict[tuple[object, ...], tuple[tuple[Part, ...], bytes, str]] = field(default_factory=dict)
 
     @property
     def versions(self) -> dict[str, int]:
         """Version of every group."""
         return {group: snapshot.version for group, snapshot in self.snapshots.items()}
+
+    def bring(self, rank: int, held: Mapping[str, int]) -> tuple[tuple[Part, ...], bytes, str]:
+        """Parts, payload and its sha256 for a device of a rank that holds some versions."""
+        kind = (rank, *(held.get(group) == version for group, version in self.versions.items()))
+        if kind not in self.brought:
+            parts, payload = pack_parts(self.layout, list(self.snapshots.values()), rank, held)
+            self.brought[kind] = (parts, payload, sha256(payload))
+        return self.brought[kind]
 
     def apply(self, group: str, change: NDArray[np.float64]) -> None:
         """Add a change (n,), and what earlier rounding kept back, to a group."""
@@ -55,6 +67,7 @@ class AdapterState:
             values=dict(self.values),
             residuals=dict(self.residuals),
             averages=dict(self.averages),
+            brought={},
         )
 
     def average(self, decay: float) -> None:
@@ -85,6 +98,7 @@ class AdapterState:
         folded = fold_core(self.factors())
         for store in (self.snapshots, self.values, self.residuals):
             store.pop("core", None)
+        self.brought = {}
         self._replace(folded, ("b",))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -116,6 +130,7 @@ class AdapterState:
             self.layout, group, self.newest, wanted, self.codec, self.seed
         )
         self.residuals[group] = (wanted - self.values[group]).astype(np.float32)
+        self.brought = {}
 
 
 def start_state(layout: AdapterLayout, seed: int, codec: Codec) -> AdapterState:

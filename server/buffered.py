@@ -16,6 +16,7 @@ from typing import Any
 from edge_runtime.formats.layout import GROUPS, Phase
 from server.collecting import Collected, Folding, Work, message_bytes, needs_factors, plan_for
 from server.committing import commit_round, offer_candidate
+from server.conflicts import WEIGHT_UNIT
 from server.federation import Federation, change_basis
 from server.gates import Refusal
 from server.greeting import Greeter
@@ -23,7 +24,6 @@ from server.plan import choose_phase
 from server.selection import Device, choose_deadline_s, select_cohort
 from server.transport import Arrival
 
-WEIGHT_UNIT = 16  # weights stay whole numbers after they are discounted
 MOST_UNDONE = 5
 _POLL_S = 0.05
 _PAUSE_S = 10.0  # before a device that gave no update is asked again

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from server.config import FederationConfig
 
 MAX_WEIGHT_SUM = 2**23  # what the fixed-point sums of a round hold
+WEIGHT_UNIT = 16  # of buffered rounds, whose weights stay whole numbers after they are discounted
 
 
 def conflicts(config: FederationConfig) -> Iterator[str]:
@@ -42,11 +43,12 @@ def _size_conflicts(config: FederationConfig) -> Iterator[UserError]:
             f"at least shortest_deadline_s ({cohort.shortest_deadline_s:g})",
             "raise it",
         )
-    if config.local.weight == "sequences" and cohort.selected * config.local.weight_cap > MAX_WEIGHT_SUM:
+    unit = WEIGHT_UNIT if mode.name == "buffered" else 1
+    if config.local.weight == "sequences" and cohort.selected * config.local.weight_cap * unit > MAX_WEIGHT_SUM:
         yield UserError(
             "local.weight_cap",
             config.local.weight_cap,
-            f"at most {MAX_WEIGHT_SUM // cohort.selected} for {cohort.selected} devices a round",
+            f"at most {MAX_WEIGHT_SUM // (cohort.selected * unit)} for {cohort.selected} devices a round",
             "lower it, or the cohort",
         )
     if mode.name == "buffered" and mode.buffer > cohort.selected:

@@ -6,8 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from edge_runtime.formats.broadcast import pack_parts
-from edge_runtime.formats.envelope import Envelope, seal, sha256
+from edge_runtime.formats.envelope import Envelope, seal
 from edge_runtime.formats.layout import AdapterLayout, Phase
 from edge_runtime.formats.messages import MaskPlan, Plan, ScorePlan
 from server.adapter_state import AdapterState
@@ -79,7 +78,7 @@ def make_plan(
 ) -> Envelope:
     """One device's work in a round, with the factors that it does not hold."""
     local, rank = config.local, device.rank
-    parts, payload = pack_parts(state.layout, list(state.snapshots.values()), rank, device.held)
+    parts, payload, digest = state.bring(rank, device.held)
     plan = Plan(
         federation=config.name,
         layout_digest=state.layout.digest,
@@ -104,14 +103,14 @@ def make_plan(
         deadline_s=deadline_s,
         mask=mask,
         parts=parts,
-        payload_sha256=sha256(payload),
+        payload_sha256=digest,
     )
     return seal(plan, payload)
 
 
 def make_score_plan(config: FederationConfig, state: AdapterState, device: Device, number: int) -> Envelope:
     """Ask a device for the adapter's loss on its held-out sequences."""
-    parts, payload = pack_parts(state.layout, list(state.snapshots.values()), device.rank, device.held)
+    parts, payload, digest = state.bring(device.rank, device.held)
     plan = ScorePlan(
         federation=config.name,
         layout_digest=state.layout.digest,
@@ -121,7 +120,7 @@ def make_score_plan(config: FederationConfig, state: AdapterState, device: Devic
         sequence_tokens=config.local.sequence_tokens,
         most_sequences=config.evaluation.most_sequences,
         parts=parts,
-        payload_sha256=sha256(payload),
+        payload_sha256=digest,
     )
     return seal(plan, payload)
 
