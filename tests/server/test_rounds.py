@@ -318,6 +318,13 @@ def seal_with(envelope, **fields):
     return type(envelope)(envelope.kind, dict(envelope.header) | fields, envelope.payload)
 
 
+def test_a_factor_is_trained_for_as_many_rounds_in_a_row_as_configured(tmp_path) -> None:
+    config = settings("rounds=7", "phases.warmup_rounds=1", "phases.turn_rounds=2")
+    run = federate(config, tmp_path, phones(config))
+    run_federation(run)
+    assert [r["phase"] for r in rounds_of(run)] == ["b", "a", "a", "b", "b", "a", "a"]
+
+
 def test_every_phase_of_the_schedule_is_in_the_ledger_with_its_reason(tmp_path) -> None:
     config = settings("rounds=5")
     run = federate(config, tmp_path, phones(config))

@@ -285,12 +285,13 @@ def test_the_directory_of_a_run_is_its_own_while_it_lasts(tmp_path) -> None:
 
 
 def test_a_second_run_is_refused_and_the_first_lives_on(tmp_path, holder, monkeypatch) -> None:
-    process, clock = holder(), iter(range(0, 1000, 10))
+    process, clock, ended = holder(), iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(server_app.os, "kill", lambda *which: ended.append(which))
     monkeypatch.setattr(server_app.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(server_app.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match="running already"), sole_runner(tmp_path):
         pass
-    assert process.poll() is None
+    assert process.poll() is None and not ended
     assert (tmp_path / LOCK_FILE).read_text() == str(process.pid)
 
 
