@@ -93,7 +93,11 @@ def test_a_home_with_quotes_in_its_path_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not show environments")
 def test_only_processes_of_this_home_are_found_and_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()"]
+    command = [
+        sys.executable,
+        "-c",
+        "import signal; signal.signal(15, signal.SIG_IGN); print(1, flush=True); signal.pause()",
+    ]
     here, there = (
         subprocess.Popen(command, env={**os.environ, MARKER: str(home)}, stdout=subprocess.PIPE, start_new_session=True)
         for home in (tmp_path / "home", tmp_path / "home2")
@@ -156,7 +160,9 @@ class TestRunning:
             pytest.skip("this system does not show environments")
         variables = dict(entry.split("=", 1) for entry in environ.read_text().split("\0") if "=" in entry)
         assert variables["FLWR_TELEMETRY_ENABLED"] == "0"
-        assert variables["FLWR_DISABLE_UPDATE_CHECK"] == variables["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+        assert (
+            variables["FLWR_DISABLE_UPDATE_CHECK"] == variables["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+        )
         command = Path(f"/proc/{link.pid}/cmdline").read_text().split("\0")
         assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation", "127.0.0.1"} <= set(command)
         assert "--insecure" not in command
