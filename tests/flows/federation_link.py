@@ -177,10 +177,7 @@ class Meeting:
         return int((self.home.run(name) / "lock").read_text())
 
     def ledger(self, name: str, event: str = "") -> list[dict[str, Any]]:
-        records = read_records(self.home.run(name) / "ledger.jsonl")
-        failed = [record["reason"] for record in records if record["event"] == "failed"]
-        assert not failed, failed
-        return [record for record in records if event in ("", record["event"])]
+        return read_ledger(self.home, name, event)
 
     def wait_for_end(self, name: str, round_number: int) -> list[dict[str, Any]]:
         """The records of all rounds, after the last."""
@@ -200,21 +197,29 @@ class Meeting:
 @contextlib.contextmanager
 def meeting(folder: Path, names: tuple[str, ...]) -> Iterator[Meeting]:
     """A running SuperLink where devices of these names are enrolled."""
-    home = open_home(folder / "home", create=True)
-    ensure_certificates(home, [], datetime.now(UTC))
-    for name in names:
-        (folder / name / "state").mkdir(parents=True)
-        registry.enrol(home, write_enrolment(folder / name / "state", name))
-    with running_superlink(home) as link, _control(home, link) as control:
-        commands = registry.NodeCommands(
-            lambda name, key: _register(control, folder / name / "state"), lambda node: None, dict
-        )
-        assert registry.apply(home, commands)[0] == sorted(names)
+    with open_superlink(folder, names) as (home, link):
         held = Meeting(home, link, seal(folder / "package"), folder)
         try:
             yield held
         finally:
             held.dismiss()
+
+
+@contextlib.contextmanager
+def open_superlink(folder: Path, names: tuple[str, ...], hosts: Sequence[str] = ()) -> Iterator[tuple[Home, SuperLink]]:
+    """A SuperLink that knows the keys which it finds, or makes, in ``folder / name / "state"``."""
+    home = open_home(folder / "home", create=True)
+    ensure_certificates(home, hosts, datetime.now(UTC))
+    for name in names:
+        (folder / name / "state").mkdir(parents=True, exist_ok=True)
+        registry.enrol(home, write_enrolment(folder / name / "state", name))
+    with running_superlink(home) as link:
+        with _control(home, link) as control:
+            commands = registry.NodeCommands(
+                lambda name, key: _register(control, folder / name / "state"), lambda node: None, dict
+            )
+            assert registry.apply(home, commands)[0] == sorted(names)
+        yield home, link
 
 
 @contextlib.contextmanager
@@ -246,6 +251,14 @@ def settings(name: str, package: Path, *overrides: str) -> FederationConfig:
             "cohort.shortest_deadline_s=60", "cohort.longest_deadline_s=60", *overrides,
         ),
     )  # fmt: skip
+
+
+def read_ledger(home: Home, name: str, event: str = "") -> list[dict[str, Any]]:
+    """A federation's records, or those of one event; one that failed fails the test."""
+    records = read_records(home.run(name) / "ledger.jsonl")
+    failed = [record["reason"] for record in records if record["event"] == "failed"]
+    assert not failed, failed
+    return [record for record in records if event in ("", record["event"])]
 
 
 def seal(directory: Path) -> Path:
