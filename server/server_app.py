@@ -31,7 +31,7 @@ from server.rounds import run_federation
 from server.transport import Arrival
 
 RECORD, PAYLOAD = "sevenfold", "payload"
-PULL_AT_ONCE = 8  # replies that stand in memory together
+PULL_AT_ONCE = 4  # replies that stand in memory together
 LOCK_FILE = "lock"
 _LONGEST_HEADER_BYTES = 256
 _NUMPY_HEADER = re.compile(

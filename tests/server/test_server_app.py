@@ -217,7 +217,7 @@ def test_few_replies_stand_in_memory_at_once() -> None:
         arrivals = wire.pull(sorted(left))
         sizes.append(len(arrivals))
         left -= {a.message_id for a in arrivals}
-    assert max(sizes) <= server_app.PULL_AT_ONCE == 8 and sum(sizes) == 30
+    assert max(sizes) <= server_app.PULL_AT_ONCE == 4 and sum(sizes) == 30
 
 
 def test_replies_behind_many_silent_nodes_are_found() -> None:
