@@ -190,6 +190,50 @@ def test_groups_that_nobody_answered_for_count_against_the_median(tmp_path) -> N
     assert not greeted.state.values["b"].any()
 
 
+# Held-out loss -----------------------------------------------------------------------------------------------------
+
+
+def scored(config, directory, scores, **wiring):
+    """A round whose devices answer a score plan as given."""
+
+    def answering(device, score):
+        return lambda e: score(e) if e.kind == "scoreplan" and e.header["round"] else device(e)
+
+    devices = phones(config, [4] * len(scores))
+    devices = {node: answering(device, score) for (node, device), score in zip(devices.items(), scores, strict=True)}
+    run = federate(config, directory, devices, **wiring)
+    run_federation(run)
+    return rounds_of(run)[0]["held_out_loss"]
+
+
+def test_held_out_loss_is_the_mean_over_the_tokens_of_those_who_answered_what_was_asked(tmp_path) -> None:
+    config = settings("rounds=1", "evaluation.every=1", "cohort.size=7", "cohort.shortest_deadline_s=5")
+
+    def gone(envelope):
+        raise ConnectionError
+
+    answers = [
+        lambda e: seal(Score(1, 30.0, 10)),
+        lambda e: seal(Score(1, 10.0, 30)),
+        lambda e: seal(Score(0, 9e9, 1)),  # of another round
+        lambda e: seal(Decline(Reason.HEAT, "", 0)),
+        lambda e: Envelope("score", {"round": 1, "loss_sum": -1.0, "tokens": 1}),
+        lambda e: None,
+        gone,
+    ]
+    assert scored(config, tmp_path, answers) == 40.0 / 40
+    assert scored(config, tmp_path / "none", [lambda e: seal(Decline(Reason.HEAT, "", 0))] * 7) is None
+
+
+def test_held_out_loss_does_not_depend_on_the_order_of_answers(tmp_path) -> None:
+    config = settings("rounds=1", "evaluation.every=1")
+    # 0.06 is less than half of what 1e15 can be told apart by; two of them together are more.
+    answers = [lambda e: seal(Score(1, 1e15, 1)), *[lambda e: seal(Score(1, 0.06, 0))] * 2]
+    late = {seed: {node: float((node + seed) % 3) for node in (1, 2, 3)} for seed in range(3)}
+    losses = {scored(config, tmp_path / str(seed), answers, delays_s=late[seed]) for seed in late}
+    assert len(losses) == 1
+
+
 # What is counted and acknowledged ----------------------------------------------------------------------------------
 
 
