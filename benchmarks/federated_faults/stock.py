@@ -1,0 +1,1 @@
+def stock_table(root): return ""
