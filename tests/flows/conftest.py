@@ -76,3 +76,17 @@ def finished(project: Path) -> FinishedRun:
     assert done.returncode == 0, done.stderr[-3000:]
     (root,) = (project / "runs").iterdir()
     return FinishedRun(Layout(root), done)
+
+
+@pytest.fixture(scope="session")
+def edge_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with ``pip install .[edge]`` alone: what a phone-class device has, without this checkout."""
+    folder = tmp_path_factory.mktemp("edge")
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "constraints.txt", ".[edge]"],
+        cwd=PROJECT,
+        check=True,
+    )
+    return python

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from edge_runtime.formats.int4 import load_weights
-from pipeline.artifacts import PROJECT, file_digest
+from pipeline.artifacts import file_digest
 from pipeline.export.parity import compare_logits, load_dequantized
 from tests.flows.conftest import FinishedRun, run_edge
 
@@ -22,19 +21,6 @@ WORKSTATION_ONLY = ("torch", "transformers", "mlflow", "dvc", "hydra", "onnx", "
 NEW_TOKENS = 12
 AGREEMENT = 0.03  # of the logits' standard deviation: int8 activations
 PROMPT = "The function returns a new"
-
-
-@pytest.fixture(scope="module")
-def edge_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("edge")
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-    subprocess.run(
-        [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "constraints.txt", ".[edge]"],
-        cwd=PROJECT,
-        check=True,
-    )
-    return python
 
 
 @pytest.fixture(scope="module")
