@@ -77,11 +77,12 @@ def learned(finished: FinishedRun, edge_python: Path, tmp_path_factory: pytest.T
     config = load_federation(
         "default",
         (
-            "name=classes", f"package={package}", f"rounds={ROUNDS}", "gate=false", f"adapter.targets=[{','.join(PROJECTIONS)}]",
-            f"adapter.ranks=[{RANK}]", "adapter.alpha=8", "local.steps=30", f"local.batch_sequences={BATCH}",
-            f"local.sequence_tokens={TOKENS}", "local.learning_rate=2e-2", "local.learning_rate_b=2e-2",
+            "name=classes", f"package={package}", f"rounds={ROUNDS}", "gate=false",
+            f"adapter.targets=[{','.join(PROJECTIONS)}]", f"adapter.ranks=[{RANK}]", "adapter.alpha=8",
+            "local.steps=30", f"local.batch_sequences={BATCH}", f"local.sequence_tokens={TOKENS}",
+            "local.learning_rate=2e-2", "local.learning_rate_b=2e-2", "optimizer.name=fedavg", "optimizer.average=0",
             "cohort.size=3", "cohort.over_selection=1", "cohort.quorum=3", "cohort.patience_s=120",
-            "optimizer.name=fedavg", "optimizer.average=0", "cohort.shortest_deadline_s=100", "cohort.longest_deadline_s=100", "evaluation.most_sequences=16",
+            "cohort.shortest_deadline_s=100", "cohort.longest_deadline_s=100", "evaluation.most_sequences=16",
         ),
     )  # fmt: skip
     with open_superlink(folder, tuple(DEVICES)) as (home, link), _clients(edge_python, package, folder, link.address):
