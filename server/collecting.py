@@ -77,9 +77,10 @@ class Conversation:
 
     def arrivals(self) -> Iterable[tuple[Device, Arrival]]:
         """Replies as they come, until none is missing or time is up."""
-        clock, pause_s = self.federation.clock, _SHORTEST_POLL_S
-        while self.pending and clock() < self.end_s:
+        clock, pause_s, last = self.federation.clock, _SHORTEST_POLL_S, False
+        while self.pending and not last:
             started_s = clock()
+            last = started_s >= self.end_s  # one more look after the last pause
             arrived = self.federation.transport.pull(list(self.pending))
             self.collected.seconds["wait"] += clock() - started_s
             for arrival in arrived:

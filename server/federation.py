@@ -45,7 +45,7 @@ class Federation:
         sleep: Waits so many seconds.
         loss: Last held-out loss that was measured.
         accountant: Of the noise, where there is any.
-        enrolled: The device key (hex) registered for a node, or None when nothing is registered (simulation).
+        enrolled: Name and device key (hex) registered for a node; None: nothing is registered (simulation).
     """
 
     config: FederationConfig
@@ -58,7 +58,7 @@ class Federation:
     state: AdapterState
     optimizer: ServerOptimizer
     norm_gate: NormGate
-    enrolled: Callable[[int], str | None] | None = None
+    enrolled: Callable[[int], tuple[str, str] | None] | None = None
     accountant: Accountant | None = None
     number: int = 0
     drift: Drift = field(default_factory=Drift)
@@ -93,7 +93,7 @@ def open_federation(
     *,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
-    enrolled: Callable[[int], str | None] | None = None,
+    enrolled: Callable[[int], tuple[str, str] | None] | None = None,
 ) -> Federation:
     """Start a federation, or go on after its last committed round when there is one."""
     federation = Federation(

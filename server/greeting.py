@@ -121,8 +121,8 @@ def _judge(federation: Federation, node: int, envelope: Envelope) -> tuple[str, 
     tokens = federation.config.local.sequence_tokens
     if tokens not in profile.buckets:
         return f"buckets: it trains sequences of {list(profile.buckets)} tokens, not of {tokens}", None
-    if federation.enrolled is not None and federation.enrolled(node) != profile.public_key:
-        return "key: its device key is not the enrolled one", None
+    if federation.enrolled is not None and federation.enrolled(node) != (profile.device, profile.public_key):
+        return "key: its name and device key are not the enrolled ones", None
     other = federation.devices.get(profile.device)
     if other is not None and other.public_key not in ("", profile.public_key):
         return f"name: {profile.device} belongs to another key", None

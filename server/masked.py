@@ -58,7 +58,7 @@ def collect_masked(
     means = [
         found
         for group, result in zip(groups, results, strict=True)
-        if (found := _note(collected, group, work, result, sizes)) is not None
+        if (found := _note(collected, group, work, result, sizes, federation.clock())) is not None
     ]
     if not means or 2 * len(means) <= len(groups):
         return collected
@@ -150,10 +150,15 @@ def _sum_group(
 
 
 def _note(
-    collected: Collected, group: Sequence[Device], work: Work, result: SecureSum | Abandoned, sizes: Sequence[int]
+    collected: Collected,
+    group: Sequence[Device],
+    work: Work,
+    result: SecureSum | Abandoned,
+    sizes: Sequence[int],
+    now_s: float,
 ) -> Mean | None:
     """Write down what became of every device; the group's mean, when there is one."""
-    _note_tally(collected, group, work, result.tally)
+    _note_tally(collected, group, work, result.tally, now_s)
     if isinstance(result, Abandoned):
         log.warning("round %d: masked sum abandoned (%s): %s", work.number, result.stage, result.reason)
         return None
@@ -166,12 +171,13 @@ def _note(
     return Mean(result.mean(sizes), result.weights + padding, result.contributors + padding)
 
 
-def _note_tally(collected: Collected, group: Sequence[Device], work: Work, tally: Tally) -> None:
+def _note_tally(collected: Collected, group: Sequence[Device], work: Work, tally: Tally, now_s: float) -> None:
     collected.bytes_up += tally.bytes_up
     collected.bytes_down += tally.bytes_down
     for device in group:
         if (decline := tally.declined.get(device.node)) is not None:
             collected.declined[decline.reason.value] += 1
+            device.not_before_s = now_s + decline.retry_after_s
             device.outcome(work.number, f"declined:{decline.reason.value}")
         elif (reason := tally.refused.get(device.node)) is not None:
             collected.refused[reason] += 1

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from edge_runtime.formats.envelope import MAX_PAYLOAD_BYTES, Envelope, envelope_from_text, header_text
+from edge_runtime.formats.byte_array import unpack_byte_array
+from edge_runtime.formats.envelope import Envelope, envelope_from_text, header_text
 from edge_runtime.formats.errors import MessageError, SevenfoldError, UserError
 from server.config import config_from_json
 from server.federation import open_federation, read_layout, read_manifest
@@ -33,10 +33,6 @@ from server.transport import Arrival
 RECORD, PAYLOAD = "sevenfold", "payload"
 PULL_AT_ONCE = 4  # replies that stand in memory together
 LOCK_FILE = "lock"
-_LONGEST_HEADER_BYTES = 256
-_NUMPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..)(\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d{1,12}),\), \} *\n)", re.DOTALL
-)
 
 log = logging.getLogger(__name__)
 app = ServerApp()
@@ -78,7 +74,7 @@ def run_on_grid(
             FlowerTransport(grid),
             clock=time.time,
             sleep=time.sleep,
-            enrolled=(lambda node: device_key(Home(home), node)) if registered else None,
+            enrolled=(lambda node: identify(Home(home), node)) if registered else None,
         )
         try:
             run_federation(federation, report)
@@ -87,10 +83,10 @@ def run_on_grid(
             raise
 
 
-def device_key(home: Home, node: int) -> str | None:
-    """The device key (hex) that was enrolled together with the key that a node authenticates with."""
-    keys = {device.node: device.public_key for device in enrolled(home) if not device.revoked}
-    return keys.get(node)
+def identify(home: Home, node: int) -> tuple[str, str] | None:
+    """The name and the device key (hex) that were enrolled with the key that a node authenticates with."""
+    known = {device.node: (device.name, device.public_key) for device in enrolled(home) if not device.revoked}
+    return known.get(node)
 
 
 class FlowerTransport:
@@ -172,14 +168,9 @@ def _payload(record: RecordDict) -> bytes:
     array = None if arrays is None else arrays.get(PAYLOAD)
     if array is None or len(arrays or ()) != 1 or array.dtype != "uint8" or len(array.shape) != 1:
         raise MessageError("message: the payload is not one array of bytes")
-    # The bytes of an Array are a NumPy file. NumPy's reader is not used: it allocates what the file's header asks for.
-    header = _NUMPY_HEADER.match(array.data[:_LONGEST_HEADER_BYTES])
-    if header is None or array.stype != "numpy.ndarray" or int.from_bytes(header[1], "little") != len(header[2]):
+    if array.stype != "numpy.ndarray":
         raise MessageError("message: the payload is not a NumPy file of bytes")
-    count = len(array.data) - header.end()
-    if count > MAX_PAYLOAD_BYTES or not count == array.shape[0] == int(header[3]):
-        raise MessageError("message: the payload is not as long as it says, or longer than allowed")
-    return array.data[header.end() :]
+    return unpack_byte_array(array.data, array.shape[0])
 
 
 @contextlib.contextmanager

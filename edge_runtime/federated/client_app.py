@@ -22,9 +22,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from edge_runtime.federated.local_socket import Unreachable, ask
+from edge_runtime.formats.byte_array import unpack_byte_array
 from edge_runtime.formats.envelope import (
     MAX_HEADER_BYTES,
-    MAX_PAYLOAD_BYTES,
     Envelope,
     envelope_from_text,
     header_text,
@@ -38,7 +38,6 @@ SOCKET_VARIABLE, SIMULATED_VARIABLE = "SEVENFOLD_RESIDENT", "SEVENFOLD_SIMULATED
 SOCKET_KEY = "socket"
 NO_RESIDENT_RETRY_S = 60.0
 _DEFAULT_WAIT_S = 600.0
-_ARRAY_HEADER_BYTES = 4096  # of the NumPy file that holds a payload
 
 app = ClientApp()
 
@@ -136,13 +135,4 @@ def _payload(record: RecordDict) -> bytes:
     array = None if arrays is None else arrays.get(PAYLOAD)
     if array is None or array.dtype != "uint8" or len(array.shape) != 1 or array.stype != "numpy.ndarray":
         raise MessageError("message: the payload is not one array of bytes")
-    size = array.shape[0]
-    if not 0 < size <= MAX_PAYLOAD_BYTES or not size < len(array.data) <= size + _ARRAY_HEADER_BYTES:
-        raise MessageError("message: the payload is longer than it says, or than allowed")
-    try:
-        values = array.numpy()  # numpy.load without pickles
-    except (ValueError, OSError, EOFError) as error:
-        raise MessageError(f"message: the payload is damaged ({str(error)[:80]})") from error
-    if values.dtype != np.uint8 or values.shape != (size,):
-        raise MessageError("message: the payload is not what it says")
-    return bytes(values.tobytes())
+    return unpack_byte_array(array.data, array.shape[0])

@@ -137,9 +137,10 @@ def test_a_federation_runs_from_its_directory_and_is_over_when_started_again(hom
 
 def test_only_registered_nodes_take_part(home, monkeypatch) -> None:
     devices = phones(settings(), [4] * 4)
-    keys = {n: unseal(d(seal(hello("test", d.layout))), Profile).public_key for n, d in devices.items()}
+    told = {n: unseal(d(seal(hello("test", d.layout))), Profile) for n, d in devices.items()}
+    keys = {n: (profile.device, profile.public_key) for n, profile in told.items()}
     known = {n: key for n, key in keys.items() if n != 4}
-    monkeypatch.setattr(server_app, "device_key", lambda home, node: known.get(node))
+    monkeypatch.setattr(server_app, "identify", lambda home, node: known.get(node))
     run_on_grid(grid_of(devices), home, "test")
     found = json.loads((home / "runs" / "test" / "devices.json").read_text())
     assert sorted(d["node"] for d in found) == [1, 2, 3]

@@ -70,12 +70,15 @@ def test_the_greeting_describes_the_adapter(tmp_path) -> None:
     assert greeting.layout() == run.layout and greeting.federation == "test"
 
 
-def test_only_devices_whose_key_was_enrolled_for_their_node_take_part(tmp_path) -> None:
+@pytest.mark.parametrize("wrong", ["key", "name"])
+def test_only_devices_whose_name_and_key_were_enrolled_for_their_node_take_part(tmp_path, wrong) -> None:
     config, clock = settings("rounds=1", "cohort.size=2"), Clock()
     devices = phones(config)
     layout = simulated_layout(config)
-    keys = {n: unseal(d(seal(hello("test", layout))), Profile).public_key for n, d in devices.items()}
-    enrolled = {1: keys[1], 2: keys[2], 3: keys[2]}  # the third has another's key, as the registry sees it
+    told = {n: unseal(d(seal(hello("test", layout))), Profile) for n, d in devices.items()}
+    keys = {n: (profile.device, profile.public_key) for n, profile in told.items()}
+    # The third has another's key, as the registry sees it, or its own key and another's name.
+    enrolled = {1: keys[1], 2: keys[2], 3: (keys[3][0], keys[2][1]) if wrong == "key" else (keys[2][0], keys[3][1])}
     run = open_federation(
         config, layout, tmp_path, Wire(devices, clock), clock=clock, sleep=clock.sleep, enrolled=enrolled.get
     )

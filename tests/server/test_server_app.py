@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from edge_runtime.formats import byte_array
 from edge_runtime.formats.envelope import MAX_HEADER_BYTES, Envelope, header_text
 from edge_runtime.formats.errors import MessageError, UserError
 from server import server_app
@@ -157,7 +158,7 @@ def test_the_good_record_of_these_is_good() -> None:
 
 
 def test_a_payload_above_the_limit_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(server_app, "MAX_PAYLOAD_BYTES", 4)
+    monkeypatch.setattr(byte_array, "MAX_PAYLOAD_BYTES", 4)
     assert from_record(record_of()).payload == b"1234"
     with pytest.raises(MessageError, match="longer than allowed"):
         from_record(record_of(saved(np.zeros(5, np.uint8)), shape=(5,)))
