@@ -31,8 +31,9 @@ from benchmarks.federated_faults.digits import TARGET, TOKENS, deal, load_images
 from benchmarks.federated_faults.events import Schedule, conduct_in, draw_conduct, draw_kills
 from benchmarks.federated_faults.local import run_undisturbed
 from benchmarks.federated_faults.stock import stock_table
-from benchmarks.federated_faults.timeline import NAME, Timeline, prepare_home, run_disturbed
+from benchmarks.federated_faults.timeline import Timeline, prepare_home, run_disturbed
 from benchmarks.machine import heading
+from server.operation import terminable
 
 DEVICES = tuple(f"device-{index}" for index in range(1, 6))
 DEADLINE_S = 8  # a device that was killed is back by then; one that is late is not
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the federation's home and logs here")
     options = parser.parse_args()
     parts = options.parts.split(",")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    with terminable(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         root = options.keep or Path(name)
         os.environ["SEVENFOLD_CONFIG_DIR"] = str(root / "keys")  # this benchmark signs its own package
         logging.disable(logging.WARNING)  # refusals and lost devices are the point here, and counted
@@ -134,7 +135,7 @@ def _event_table(seen: Timeline, schedule: Schedule) -> str:
             if number in mine:
                 took_s = seen.committed_s[number] - seen.committed_s.get(number - 1, 0.0)
                 fate = "in the round" if name in seen.contributors[number] else f"left out ({_fate(record)})"
-                what = f"{name} {'is late' if mine[number] == LATE else f'sends {mine[number]}'}, {fate}"
+                what = f"{name} {'is late' if mine[number] == LATE else f'sends {mine[number]}'}: {fate}"
                 rows.append((seen.committed_s[number], f"{what} | {number} | {took_s:.1f} | {record['folded']} of 5"))
     head = "| s | event | round | s to the next commit | devices in it |\n|---|---|---|---|---|"
     return "\n".join([head, *(f"| {at_s:.0f} | {row} |" for at_s, row in sorted(rows))])

@@ -46,7 +46,14 @@ def main() -> int:
     print("| clients a round | CPU s a round, server | ms a client | CPU s a round, devices | wall s a round "
           "| kB up + down a client | peak RSS, MB | after start-up |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for clients in options.clients:
-        command = [sys.executable, str(Path(__file__).resolve()), "--case", str(clients), "--rounds", str(options.rounds)]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--case",
+            str(clients),
+            "--rounds",
+            str(options.rounds),
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         print(row(clients, json.loads(done.stdout.splitlines()[-1])), flush=True)
     return 0

@@ -26,6 +26,7 @@ from edge_runtime.federated.state import DeviceState, open_state
 from edge_runtime.federated.stopping import Stop
 from edge_runtime.formats.codec import Codec, decode, encode
 from edge_runtime.formats.envelope import Envelope, seal, sha256, unseal
+from edge_runtime.formats.errors import MessageError
 from edge_runtime.formats.layout import AdapterLayout
 from edge_runtime.formats.manifest import Manifest
 from edge_runtime.formats.messages import Hello, Plan, Update
@@ -34,7 +35,7 @@ from edge_runtime.formats.signing import load_trust, signing_key
 from edge_runtime.scheduler.lease import training_lease
 
 Responder = Callable[[Envelope], Envelope]
-HONEST, NAN, FLIP, SCALE, LATE = "honest", "nan", "flip", "scale", "late"
+HONEST, NAN, FLIP, SCALE, BOTH, LATE = "honest", "NaN", "flipped signs", "ten times its update", "both", "late"
 PACKAGE, DEVICES, PLAN_FILE, BASE_FILE = "package", "devices", "misbehaviour.json", "base.json"
 _NAN_SCALE = np.uint16(0x7FC0)  # the upper half of a float32 that is not a number
 
@@ -92,13 +93,18 @@ def misbehaving(respond: Responder, conduct: Callable[[int], str], late_s: float
         if kind == LATE:
             time.sleep(late_s)
         known = layout or digits_layout(unseal(reply, Update).base_digest, (plan.rank,), 2.0 * plan.rank)
-        return reply if kind in (HONEST, LATE) else tamper(reply, known, kind)
+        if kind in (HONEST, LATE):
+            return reply
+        try:
+            return tamper(reply, known, kind)
+        except (MessageError, ValueError):  # so far off already that the update cannot be written any more
+            return reply
 
     return answer
 
 
 def tamper(reply: Envelope, layout: AdapterLayout, kind: str) -> Envelope:
-    """An update that is not a number, has its signs flipped, or is ten times as large; its digest is right again."""
+    """An update that is not a number, or -1, 10 or -10 times what it was; its digest is right again."""
     update = unseal(reply, Update)
     sizes = layout.segment_sizes(update.phase.groups, update.rank)
     if kind == NAN:
@@ -106,7 +112,7 @@ def tamper(reply: Envelope, layout: AdapterLayout, kind: str) -> Envelope:
             raise ValueError(f"NaN is written into the scales of a codec, and {update.codec} has none")
         payload = _NAN_SCALE.astype("<u2").tobytes() + reply.payload[2:]
     else:
-        factor = np.float32({FLIP: -1.0, SCALE: 10.0}[kind])
+        factor = np.float32({FLIP: -1.0, SCALE: 10.0, BOTH: -10.0}[kind])
         payload = encode(decode(reply.payload, sizes, update.codec) * factor, sizes, update.codec)
     return seal(replace(update, payload_sha256=sha256(payload)), payload)
 

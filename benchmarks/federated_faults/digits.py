@@ -75,7 +75,9 @@ def train_base(rows: Tokens, seed: int, steps: int = 1500) -> Base:
     """A network of two hidden layers that reads upright digits; plain Adam."""
     rng = np.random.default_rng(seed)
     shapes = {"0": (PIXELS, PIXELS), "1": (PIXELS, PIXELS), "head": (DIGITS, PIXELS)}
-    base = {name: (rng.standard_normal(shape) * np.sqrt(2 / PIXELS)).astype(np.float32) for name, shape in shapes.items()}
+    base = {
+        name: (rng.standard_normal(shape) * np.sqrt(2 / PIXELS)).astype(np.float32) for name, shape in shapes.items()
+    }
     first, second = ({name: np.zeros_like(value) for name, value in base.items()} for _ in range(2))
     for step in range(1, steps + 1):
         _, gradients, _ = _backward(base, rows[rng.integers(0, len(rows), 64)])
@@ -116,9 +118,7 @@ class DigitsTrainer:
             found[f"{module}.lora_B"] = np.float32(scale) * (gradients[str(layer)] @ lora_a.T)
         return loss, len(tokens), {name: found[name] for name in (found if wanted is None else wanted)}
 
-    def loss(
-        self, tokens: Tokens, loss_mask: Floats, factors: Mapping[str, Floats], scale: float
-    ) -> tuple[float, int]:
+    def loss(self, tokens: Tokens, loss_mask: Floats, factors: Mapping[str, Floats], scale: float) -> tuple[float, int]:
         return _backward(_adapted(self.base, factors, scale), tokens)[0], len(tokens)
 
     def accuracy(self, rows: Tokens, factors: Mapping[str, Floats], scale: float) -> float:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.federated_faults.device import DEVICES, PACKAGE, PLAN_FILE, write_package
@@ -74,12 +75,10 @@ class Timeline:
     def usual_s(self) -> float:
         """Median seconds between two commits."""
         times = [self.committed_s[number] for number in sorted(self.committed_s)]
-        return statistics.median([b - a for a, b in zip(times, times[1:], strict=False)] or [1.0])
+        return statistics.median([b - a for a, b in pairwise(times)] or [1.0])
 
 
-def prepare_home(
-    home: Home, base: Base, text: Mapping[str, Tokens], schedule: Schedule, late_s: float
-) -> None:
+def prepare_home(home: Home, base: Base, text: Mapping[str, Tokens], schedule: Schedule, late_s: float) -> None:
     """The package, and a directory with keys, text and enrolment for each device."""
     write_package(home.root / PACKAGE, base)
     for name, rows in text.items():
@@ -267,10 +266,11 @@ def _address(home: Home) -> str:
 
 
 def _spawn(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, *words], cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
 
 
