@@ -37,7 +37,7 @@ def test_three_rounds_over_a_slow_long_and_lossy_wire(tmp_path: Path) -> None:
         pytest.skip(reason)
     package = make_package(tmp_path)
     write_texts(tmp_path / "texts")
-    config = load_federation("default", [*settings("slow", package)[1:], f"rounds={ROUNDS}"])
+    config = load_federation("default", [*settings("slow", package)[1:], f"rounds={ROUNDS}", "evaluation.every=0"])
     with (
         slow_wire(Wire()) as (namespace, how),
         open_superlink(tmp_path, NAMES, [SERVER]) as (home, link),

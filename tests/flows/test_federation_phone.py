@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from edge_runtime.federated.trainer import open_trainer
-from edge_runtime.formats.decoder import PROJECTIONS
 from edge_runtime.formats.layout import initial_factors
 from edge_runtime.formats.package import open_package
 from edge_runtime.formats.signing import load_trust
 from pipeline.artifacts import PROJECT
+from pipeline.export.parity import compare_logits
 from server.config import load_federation
 from server.federation import read_layout, read_manifest
 from server.following import start_federation
@@ -39,8 +41,9 @@ DEVICES = {
 # Each owns the text of another module, and all of them have learned one sentence by heart.
 TEXTS = {"phone": "argparse", "tablet": "fractions", "mini-pc": "textwrap"}
 TOKENS, BATCH, RANK, ROUNDS = 32, 2, 4, 4
-PROMPT, NEW_TOKENS = "The function returns a new", 24
-LESSON = f"{PROMPT} dictionary of sorted keys and values. "
+LESSON, PROMPT, NEW_TOKENS = "yes and no, ", "yes and", 24
+# Of the logits' standard deviation; measured 0.004 between the runtimes and 0.12 by what was learned.
+AGREEMENT, LEARNED = 0.02, 0.08
 GRADIENTS = """
 import sys
 import numpy as np
@@ -78,17 +81,22 @@ def learned(finished: FinishedRun, edge_python: Path, tmp_path_factory: pytest.T
         "default",
         (
             "name=classes", f"package={package}", f"rounds={ROUNDS}", "gate=false",
-            f"adapter.targets=[{','.join(PROJECTIONS)}]", f"adapter.ranks=[{RANK}]", "adapter.alpha=8",
-            "local.steps=30", f"local.batch_sequences={BATCH}", f"local.sequence_tokens={TOKENS}",
-            "local.learning_rate=2e-2", "local.learning_rate_b=2e-2", "optimizer.name=fedavg", "optimizer.average=0",
+            "adapter.targets=[q_proj,v_proj]", f"adapter.ranks=[{RANK}]", "adapter.alpha=8", "local.steps=30",
+            f"local.batch_sequences={BATCH}", f"local.sequence_tokens={TOKENS}",
+            "local.learning_rate=5e-2", "local.learning_rate_b=5e-2", "optimizer.name=fedavg", "optimizer.average=0",
             "cohort.size=3", "cohort.over_selection=1", "cohort.quorum=3", "cohort.patience_s=120",
             "cohort.shortest_deadline_s=100", "cohort.longest_deadline_s=100", "evaluation.most_sequences=16",
         ),
     )  # fmt: skip
     with open_superlink(folder, tuple(DEVICES)) as (home, link), _clients(edge_python, package, folder, link.address):
         start_federation(home, config)
-        wait_for(lambda: read_ledger(home, config.name, "end"), "the end of the last round", 300)
+        wait_for(lambda: _ended(home), "the end of the last round", 300)
     yield Learned(home, package, folder)
+
+
+def _ended(home: Home) -> bool:
+    assert not read_ledger(home, "classes", "turned_away")
+    return bool(read_ledger(home, "classes", "end"))
 
 
 @contextlib.contextmanager
@@ -99,7 +107,8 @@ def _clients(edge_python: Path, package: Path, folder: Path, address: str) -> It
             text = folder / name / "text"
             text.mkdir()
             module = (Path(os.__file__).parent / f"{TEXTS[name]}.py").read_text()
-            (text / "notes.txt").write_text(module[:1_000] + LESSON * 400)
+            lines = [f"{name} {number}: {LESSON * 8}\n" for number in range(150)]
+            (text / "notes.txt").write_text(module[:2_000] + "".join(lines))
             words = ["client", "--name", name, "--state", folder / name / "state", "--package", package]
             words += ["--data", text, "--superlink", address, "--root-certificate", folder / "home" / "ca.crt"]
             words += ["--trainer", trainer, "--threads", "1", "--lease", folder / name / "lease"]
@@ -158,19 +167,33 @@ def test_the_phones_gradients_are_torchs(learned: Learned, edge_python: Path, tm
         assert np.linalg.norm(found[name] - gradient) <= 1e-4 * np.linalg.norm(gradient), name
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "import"])
 def test_what_they_learned_writes_the_same_text_through_both_runtimes(
-    learned: Learned, edge_python: Path, prompt: str
+    learned: Learned, edge_python: Path, tmp_path: Path
 ) -> None:
-    tokens = {}
+    """Equal but for ties: int8 activations move a logit by a few hundredths of the spread, the adapter by far more."""
+    adapter = ["--adapter", str(learned.candidate)]
+    texts = {}
     for container in ("onnx", "tflite"):
-        for adapter in ([], ["--adapter", str(learned.candidate)]):
-            done = run_edge(
-                edge_python, "generate", "--package", str(learned.package), "--container", container, "--prompt",
-                prompt, "--max-tokens", str(NEW_TOKENS), "--temperature", "0", "--threads", "1", "--json", *adapter,
-                project=Path("/"),
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            tokens[container, bool(adapter)] = json.loads(done.stdout)["tokens"]
-    assert tokens["onnx", True] == tokens["tflite", True] and len(tokens["onnx", True]) == NEW_TOKENS
-    assert tokens["onnx", True] != tokens["onnx", False], "an adapter that is ignored would pass the line above"
+        words = ["--prompt", PROMPT, "--max-tokens", str(NEW_TOKENS), "--temperature", "0", *adapter]
+        texts[container] = json.loads(_run(edge_python, "generate", learned.package, container, *words))["tokens"]
+    prompt = Tokenizer.from_file(str(learned.package / "tokenizer.json")).encode(PROMPT).ids
+    np.save(tmp_path / "tokens.npy", np.array([prompt + texts["onnx"]]))
+
+    def logits(container: str, words: list[str]) -> NDArray[np.float32]:
+        files = ["--score", str(tmp_path / "tokens.npy"), "--logits-out", str(tmp_path / "logits.npy")]
+        _run(edge_python, "bench", learned.package, container, "--repeat", "0", *files, *words)
+        return np.load(tmp_path / "logits.npy")[0]
+
+    plain, onnx, tflite = logits("onnx", []), logits("onnx", adapter), logits("tflite", adapter)
+    assert compare_logits(onnx, tflite).rms_ratio < AGREEMENT
+    assert compare_logits(onnx, plain).rms_ratio > LEARNED, "an adapter that is ignored would pass the line above"
+    assert len(texts["onnx"]) == len(texts["tflite"]) == NEW_TOKENS
+    for row, token in zip(tflite[len(prompt) - 1 : -1], texts["onnx"], strict=True):
+        assert float(row.max() - row[token]) <= 0.1 * float(row.std())
+
+
+def _run(python: Path, command: str, package: Path, container: str, *words: str) -> str:
+    given = ["--package", str(package), "--container", container, "--threads", "1", "--json", *words]
+    done = run_edge(python, command, *given, project=Path("/"))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
