@@ -6,7 +6,7 @@
 2. Flower's FedAvg.start with flower-supernode under the same kinds of events, each by itself.
 3. Accuracy of twenty devices of which some lie, by what the server does about it.
 
-    python benchmarks/federated_chaos.py [--rounds 50] [--seed 1] [--parts timeline,stock,attacks] [--seeds 2]
+    python benchmarks/federated_chaos.py [--rounds 50] [--seed 1] [--parts timeline,stock,attacks] [--seeds 1]
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--parts", default="timeline,stock,attacks")
-    parser.add_argument("--seeds", type=int, default=2, help="of the third part")
+    parser.add_argument("--seeds", type=int, default=1, help="of the third part")
     parser.add_argument("--attack-rounds", type=int, default=40)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the federation's home and logs here")
     options = parser.parse_args()
@@ -73,7 +73,7 @@ def main() -> int:
             print(stock_table(root / "stock"), flush=True)
         if "attacks" in parts:
             rounds, seeds = options.attack_rounds, options.seeds
-            print(heading(f"accuracy of {CLIENTS} devices of which some lie, {rounds} rounds, mean of {seeds} seeds"))
+            print(heading(f"accuracy of {CLIENTS} devices of which some lie, {rounds} rounds, mean of {seeds} seed(s)"))
             print(attack_table(seeds, rounds, os.cpu_count() or 1))
     return 0
 

@@ -24,8 +24,7 @@ PLAIN, HONEST_ONLY = "mean, any norm", "nobody lies"
 _MEDIAN = ("robust.method=group_median",)
 METHODS: Mapping[str, Sequence[str]] = {
     "mean, any norm": ("gates.norm_factor=0",),
-    "mean, norms up to 10 x their median (default)": (),
-    "mean, norms up to 3 x": ("gates.norm_factor=3",),
+    "mean, norms up to 3 x their median": ("gates.norm_factor=3",),
     "median of 10 groups, norms up to 3 x": ("gates.norm_factor=3", *_MEDIAN, "robust.groups=10"),
     "median of 20 groups of one device, any norm": (
         "gates.norm_factor=0", *_MEDIAN, "robust.groups=20", "cohort.quorum=20",
@@ -96,7 +95,7 @@ def _cell(found: Mapping[Case, float], method: str, attack: str, seeds: int, rou
     reached = [found[Case(method, attack, seed, rounds)] for seed in range(seeds)]
     undisturbed = [found[Case(PLAIN, HONEST_ONLY, seed, rounds)] for seed in range(seeds)]
     if any(map(math.isnan, reached)):
-        return "no quorum"
+        return "destroyed: no round any more"
     lost = 100 * (statistics.fmean(undisturbed) - statistics.fmean(reached))
     return f"{100 * statistics.fmean(reached):.1f} % ({-lost:+.1f})"
 

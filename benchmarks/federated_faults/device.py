@@ -32,7 +32,6 @@ from edge_runtime.formats.manifest import Manifest
 from edge_runtime.formats.messages import Hello, Plan, Update
 from edge_runtime.formats.package import open_package, seal_package
 from edge_runtime.formats.signing import load_trust, signing_key
-from edge_runtime.scheduler.lease import training_lease
 
 Responder = Callable[[Envelope], Envelope]
 HONEST, NAN, FLIP, SCALE, BOTH, LATE = "honest", "NaN", "flipped signs", "ten times its update", "both", "late"
@@ -63,12 +62,12 @@ def open_base(directory: Path) -> tuple[Manifest, DigitsTrainer]:
 def open_resident(
     directory: Path, manifest: Manifest, trainer: DigitsTrainer, stop: Stop, log: Callable[[str], None]
 ) -> Iterator[tuple[Resident, DeviceState]]:
-    """A device whose state, keys and text (``directory/text``) are on the disk."""
+    """A device whose state, keys and text (``directory/text``) are on the disk; it shares its lease with nobody."""
     with open_state(directory, log) as state:
         data = LocalData(directory / "text", read_letters, None, None, 1 << 24, Retention(), time.time, log)
         data.refresh()
         around = Surroundings(
-            lease=lambda give_up: training_lease(directory / "lease", wait=stop.wait, give_up=give_up),
+            lease=lambda give_up: contextlib.nullcontext(True),
             readiness=lambda: None, stopping=stop, clock=time.monotonic, log=log, retry_after_s=1.0,
         )  # fmt: skip
         key = device_key(directory)
