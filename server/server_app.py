@@ -11,8 +11,11 @@ import fcntl
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +95,10 @@ def identify(home: Home, node: int) -> tuple[str, str] | None:
 class FlowerTransport:
     """Envelopes over Flower's Message API: the header in a ConfigRecord, the payload as one Array of bytes."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, patience_s: float = 5.0) -> None:
+        self._grid, self._patience_s = grid, patience_s
         self._asked: dict[str, int] = {}
+        self._stalled: dict[Future[list[Message]], list[str]] = {}
 
     def nodes(self) -> list[int]:
         """Nodes that Flower counts as online."""
@@ -115,10 +119,26 @@ class FlowerTransport:
         return ids
 
     def pull(self, message_ids: Collection[str]) -> list[Arrival]:
-        """The first few replies that are there."""
-        wanted = list(message_ids)
+        """The first few replies that are there.
+
+        Flower hands out a reply as soon as it is announced and then waits, up to three minutes, for its bytes. A
+        device that dies while it uploads, or never means to, would stop everybody: a pull that takes longer than
+        our patience goes on in its own thread, and the others are pulled meanwhile.
+        """
+        for future in [future for future in self._stalled if future.done()]:
+            del self._stalled[future]
+            if replies := future.result():
+                return [self._arrival(reply) for reply in replies]
+        under_way = {message_id for ids in self._stalled.values() for message_id in ids}
+        wanted = [message_id for message_id in message_ids if message_id not in under_way]
         for start in range(0, len(wanted), PULL_AT_ONCE):
-            replies = list(self._grid.pull_messages(wanted[start : start + PULL_AT_ONCE]))
+            future = _in_background(self._grid, wanted[start : start + PULL_AT_ONCE])
+            try:
+                replies = future.result(self._patience_s)
+            except FutureTimeout:
+                log.warning("a reply was announced and does not come; the others are pulled meanwhile")
+                self._stalled[future] = wanted[start : start + PULL_AT_ONCE]
+                continue
             if replies:
                 return [self._arrival(reply) for reply in replies]
         return []
@@ -133,6 +153,20 @@ class FlowerTransport:
         except MessageError as error:
             log.warning("node %d: %s", node, error)
             return Arrival(message_id, node, Envelope("malformed", {}))
+
+
+def _in_background(grid: Grid, message_ids: list[str]) -> Future[list[Message]]:
+    """Pull in a thread that does not keep the process alive."""
+    future: Future[list[Message]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(list(grid.pull_messages(message_ids)))
+        except BaseException as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="pull", daemon=True).start()
+    return future
 
 
 def to_record(envelope: Envelope, payloads: dict[int, ArrayRecord] | None = None) -> RecordDict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +35,15 @@ class Snapshot:
     raw: bytes
 
 
+@lru_cache(maxsize=4)
 def initial_vector(layout: AdapterLayout, group: str, rank: int, seed: int) -> NDArray[np.float32]:
-    """Version 0 of a group as a vector (n,): lora_A from the seed, everything else zero."""
+    """Version 0 of a group as a vector (n,), not to be written to: lora_A from the seed, everything else zero."""
     if group == "a":
-        return layout.flatten(initial_factors(layout, seed), ("a",), rank)
-    return np.zeros(layout.size((group,), rank), np.float32)
+        vector = layout.flatten(initial_factors(layout, seed), ("a",), rank)
+    else:
+        vector = np.zeros(layout.size((group,), rank), np.float32)
+    vector.flags.writeable = False
+    return vector
 
 
 def take_snapshot(

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -225,6 +226,24 @@ def test_replies_behind_many_silent_nodes_are_found() -> None:
     wire = transport(**{f"n{node}": silent for node in range(1, 21)}, n99=echo)
     ids = wire.push([(node, Envelope("plan", {})) for node in [*range(1, 21), 99]], 60.0, "g")
     assert [a.node for a in wire.pull(ids)] == [99]
+
+
+def test_a_reply_that_is_announced_and_does_not_come_holds_up_nobody_else(monkeypatch) -> None:
+    monkeypatch.setattr(server_app, "PULL_AT_ONCE", 1)
+    uploaded = threading.Event()
+
+    def uploading(record):
+        uploaded.wait(60)
+        return echo(record)
+
+    link = FlowerTransport(LocalGrid({1: uploading, 2: echo}), patience_s=0.05)
+    ids = link.push([(1, Envelope("plan", {})), (2, Envelope("plan", {}))], 60.0, "round-1")
+    assert [arrival.node for arrival in link.pull(ids)] == [2]
+    assert link.pull(ids[:1]) == []  # still under way, and not asked for twice
+    uploaded.set()
+    while not (late := link.pull(ids[:1])):
+        pass
+    assert [(arrival.node, arrival.message_id) for arrival in late] == [(1, ids[0])]
 
 
 def test_plans_are_training_messages_and_the_rest_queries() -> None:
