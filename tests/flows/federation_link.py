@@ -46,6 +46,7 @@ from server.ledger import read_records
 from server.superlink import SuperLink, running_superlink
 from tests.edge_runtime.fakes import BOS, EOS, SPEC, byte_tokenizer
 from tests.edge_runtime.federated.device import BASE_DIGEST, TARGETS, LinearTrainer, granted, small_manifest
+from tests.flows.fleet import free_port
 
 QUICK = ClientConfig(shortest_poll_s=0.05, longest_poll_s=0.5, idle_poll_s=0.5)
 PATIENCE_S = 120.0
@@ -213,7 +214,7 @@ def open_superlink(folder: Path, names: tuple[str, ...], hosts: Sequence[str] = 
     for name in names:
         (folder / name / "state").mkdir(parents=True, exist_ok=True)
         registry.enrol(home, write_enrolment(folder / name / "state", name))
-    with running_superlink(home) as link:
+    with running_superlink(home, free_port()) as link:
         with _control(home, link) as control:
             commands = registry.NodeCommands(
                 lambda name, key: _register(control, folder / name / "state"), lambda node: None, dict

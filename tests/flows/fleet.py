@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,13 @@ def write_texts(folder: Path) -> None:
             (folder / name / f"{source.stem}.txt").write_text(source.read_text()[:60_000])
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @dataclass
 class Fleet:
     """``up``, devices and runs; every process is ended by ``stop``.
@@ -89,7 +97,9 @@ class Fleet:
 
     def start_up(self) -> list[str]:
         """Start ``up`` and return the lines that it prints first."""
-        self.up = start(self._command("server", "up", "--page-port", "0"), self.folder / "up.log")
+        # Its own port from the start: other tests run beside this one, and a restart must find it free.
+        port = () if self.home.link_file.exists() else ("--port", str(free_port()))
+        self.up = start(self._command("server", "up", "--page-port", "0", *port), self.folder / "up.log")
         lines: list[str] = wait_for(lambda: self.up.poll() or printed(self.folder / "up.log", "Ctrl-C"), "up")
         assert self.up.poll() is None, (self.folder / "up.log").read_text()
         return lines
