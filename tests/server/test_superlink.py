@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def test_only_processes_of_this_home_are_found_and_ended(tmp_path: Path) -> None
         there.kill()
 
 
+def free_port() -> int:
+    """Other tests start SuperLinks beside this one; the usual port is anybody's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = open_home(tmp_path_factory.mktemp("link") / "home", create=True)
@@ -120,7 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="module")
 def link(home: Home) -> Iterator[SuperLink]:
-    with running_superlink(home) as link:
+    with running_superlink(home, free_port()) as link:
         yield link
 
 
@@ -172,7 +180,7 @@ class TestRunning:
 def test_killed_and_started_again_it_keeps_its_port_its_nodes_and_no_stray_process(tmp_path: Path) -> None:
     home = open_home(tmp_path / "home", create=True)
     ensure_certificates(home, [], datetime.datetime.now(datetime.UTC))
-    with running_superlink(home) as first:
+    with running_superlink(home, free_port()) as first:
         node = register_node(home, "pi", new_key())
         strays = marked_processes(home.root)
         assert first.process is not None
