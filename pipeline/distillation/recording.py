@@ -86,4 +86,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any, marker: Path) -> Any:
             return existing
     marker.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    partial = path.with_suffix(".partial")  # a file under its own name has a header
+    created = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+    partial.replace(path)
+    return created

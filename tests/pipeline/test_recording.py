@@ -76,6 +76,20 @@ def test_a_run_that_stops_after_a_shard_ends_with_the_same_bytes(
     _assert_same(recorded, tmp_path)
 
 
+def test_a_run_that_dies_before_a_files_header_is_written_starts_again(
+    teacher: Any, sequences: NDArray[np.int32], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(path: Path, **_: Any) -> None:
+        path.touch()
+        raise SystemExit
+
+    with monkeypatch.context() as dying, pytest.raises(SystemExit):
+        dying.setattr(np.lib.format, "open_memmap", die)
+        next(_record(teacher, sequences, tmp_path))
+    assert list(_record(teacher, sequences, tmp_path)) == [64, 128, 150]
+    _assert_same(recorded, tmp_path)
+
+
 def test_a_run_that_dies_within_a_shard_ends_with_the_same_bytes(
     teacher: Any, sequences: NDArray[np.int32], recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
