@@ -57,7 +57,7 @@ class AdapterState:
 
     def apply(self, group: str, change: NDArray[np.float64]) -> None:
         """Add a change (n,), and what earlier rounding kept back, to a group."""
-        self._put(group, self.values[group] + (self.residuals[group] + change))
+        self._put(group, [self.residuals[group], change, self.values[group]])
 
     def copy(self) -> AdapterState:
         """A second state that changes by itself; arrays are replaced, never written to, and are shared."""
@@ -121,15 +121,13 @@ class AdapterState:
     def _replace(self, factors: Mapping[str, NDArray[np.float32]], groups: tuple[str, ...]) -> None:
         self.averages, self.averaged = {}, 0  # means of another basis mean nothing
         for group in groups:
-            wanted = self.layout.flatten(factors, (group,), self.layout.max_rank)
-            self._put(group, wanted.astype(np.float64))
+            self._put(group, [self.layout.flatten(factors, (group,), self.layout.max_rank)])
 
-    def _put(self, group: str, wanted: NDArray[np.float64]) -> None:
+    def _put(self, group: str, wanted: list[NDArray[Any]]) -> None:
         self.newest += 1
-        self.snapshots[group], self.values[group] = take_snapshot(
+        self.snapshots[group], self.values[group], self.residuals[group] = take_snapshot(
             self.layout, group, self.newest, wanted, self.codec, self.seed
         )
-        self.residuals[group] = (wanted - self.values[group]).astype(np.float32)
         self.brought = {}
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.formats.codec import chunks, largest_magnitude
 from edge_runtime.formats.layout import AdapterLayout, Factors
 
 FRACTION_BITS = 36
@@ -23,7 +24,6 @@ LARGEST_VALUE = 8.0  # |value| stays below
 LARGEST_TOTAL_WEIGHT = 1 << 23  # 2**3 * 2**36 * 2**23 = 2**62: a sum fits int64
 
 _UNIT = 2.0**FRACTION_BITS
-_CHUNK = 1 << 16  # values; temporaries of half a megabyte stay in the cache
 
 
 class Mean(NamedTuple):
@@ -79,7 +79,7 @@ class Accumulator:
             raise ValueError(f"weight {weight}: from 1, and all together at most {LARGEST_TOTAL_WEIGHT}")
         self.count += 1
         for index, (start, stop) in enumerate(_spans(sizes)):
-            square = sum(self._add(vector, chunk, weight) for chunk in _chunks(start, stop))
+            square = sum(self._add(vector, chunk, weight) for chunk in chunks(start, stop))
             self._squares[index] += weight * square
             self._weights[index] += weight
             self._contributors[index] += 1
@@ -162,7 +162,7 @@ def median_of_means(means: Sequence[Mean], sizes: Sequence[int]) -> Mean:
             continue
         weights[index] = sum(one.weights[index] for one in present)
         contributors[index] = sum(one.contributors[index] for one in present)
-        for chunk in _chunks(start, stop):
+        for chunk in chunks(start, stop):
             vector[chunk] = np.median([one.vector[chunk] for one in present], axis=0)
     return Mean(vector, tuple(weights), tuple(contributors))
 
@@ -248,24 +248,14 @@ def stack(
     return lora_a, np.concatenate(scaled, axis=1)
 
 
-def largest_magnitude(vector: NDArray[np.float32]) -> float:
-    """max |value| of a non-empty vector without a copy of it; NaN when any value is."""
-    return float(np.maximum(vector.max(), -vector.min()))
-
-
 def squared_norm(vector: NDArray[np.float32] | NDArray[np.int64] | NDArray[np.float64]) -> float:
     """Sum of squares in float64, of the bits of the vector alone: no BLAS, whose threads change the order."""
-    return math.fsum(float(np.square(vector[chunk].astype(np.float64)).sum()) for chunk in _chunks(0, vector.size))
+    return math.fsum(float(np.square(vector[chunk].astype(np.float64)).sum()) for chunk in chunks(0, vector.size))
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
     stops = np.cumsum(sizes).tolist()
     return list(zip([0, *stops[:-1]], stops, strict=True))
-
-
-def _chunks(start: int, stop: int) -> Iterator[slice]:
-    for first in range(start, stop, _CHUNK):
-        yield slice(first, min(first + _CHUNK, stop))
 
 
 def _modules(factors: Mapping[str, NDArray[np.float32]]) -> list[str]:

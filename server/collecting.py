@@ -19,9 +19,7 @@ from server.federation import Federation
 from server.gates import Expected, Refusal, admit
 from server.plan import make_plan, plan_id
 from server.selection import Device
-from server.transport import Arrival
-
-_SHORTEST_POLL_S, _LONGEST_POLL_S = 0.02, 1.0
+from server.transport import Arrival, polling_pause_s
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +75,8 @@ class Conversation:
 
     def arrivals(self) -> Iterable[tuple[Device, Arrival]]:
         """Replies as they come, until none is missing or time is up."""
-        clock, pause_s, last = self.federation.clock, _SHORTEST_POLL_S, False
+        clock, last = self.federation.clock, False
+        quiet_since_s = clock()
         while self.pending and not last:
             started_s = clock()
             last = started_s >= self.end_s  # one more look after the last pause
@@ -88,9 +87,11 @@ class Conversation:
                     if arrival.envelope is not None:
                         self.collected.bytes_up += message_bytes(arrival.envelope)
                     yield device, arrival
-            pause_s = _SHORTEST_POLL_S if arrived else min(pause_s * 1.5, _LONGEST_POLL_S)
-            if self.pending and not arrived:
-                self.federation.sleep(min(pause_s, max(self.end_s - clock(), 0.0)))
+            if arrived:
+                quiet_since_s = clock()
+            elif self.pending:
+                pause_s = min(polling_pause_s(clock() - quiet_since_s), max(self.end_s - clock(), 0.0))
+                self.federation.sleep(pause_s)
                 self.collected.seconds["wait"] += pause_s
 
 

@@ -15,12 +15,12 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.codec import Codec, decode_unchecked, encoded_bytes
+from edge_runtime.formats.codec import Codec, decode_unchecked, encoded_bytes, largest_magnitude
 from edge_runtime.formats.envelope import Envelope, sha256, unseal
 from edge_runtime.formats.errors import MessageError
 from edge_runtime.formats.layout import AdapterLayout, Phase
 from edge_runtime.formats.messages import Update
-from server.aggregation import LARGEST_VALUE, largest_magnitude, squared_norm
+from server.aggregation import LARGEST_VALUE, squared_norm
 
 
 class Refusal(StrEnum):

@@ -16,6 +16,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.formats.codec import chunks
+
 
 class OptimizerName(StrEnum):
     """Which rule."""
@@ -81,9 +83,16 @@ class ServerOptimizer:
         else:
             sizes = {part: 1 if part == "count" else mean_delta.size for part in _STATE[self.name]}
             before = {part: self._part(group, part, size) for part, size in sizes.items()}
-            after, change = self._advance(before, mean_delta)
-            for part, value in after.items():
-                stored = value.astype(np.float32)
+            after = {part: np.empty(size, np.float32) for part, size in sizes.items()}
+            change = np.empty(mean_delta.size, np.float64)
+            for chunk in chunks(0, mean_delta.size):
+                places = {part: slice(None) if part == "count" else chunk for part in sizes}
+                advanced, change[chunk] = self._advance(
+                    {part: before[part][place] for part, place in places.items()}, mean_delta[chunk]
+                )
+                for part, place in places.items():
+                    after[part][place] = advanced[part]
+            for part, stored in after.items():
                 for stretch in idle if part != "count" else ():
                     stored[stretch] = before[part][stretch]
                 self._state[f"{group}.{part}"] = stored

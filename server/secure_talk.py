@@ -9,9 +9,8 @@ from edge_runtime.formats.envelope import Envelope, header_text, unseal
 from edge_runtime.formats.errors import MessageError, SignatureError
 from edge_runtime.formats.messages import Decline, Reason
 from server.gates import Refusal
-from server.transport import Transport
+from server.transport import Transport, polling_pause_s
 
-_SHORTEST_POLL_S, _LONGEST_POLL_S = 0.02, 1.0
 _TTL_MARGIN_S = 60.0
 
 
@@ -121,7 +120,8 @@ class Talk:
             done: Asked after every reply: whether the others need not be waited for.
             again: The message for a node that declined because it lacks factors; each gets one.
         """
-        end_s, pause_s = self._clock() + timeout_s, _SHORTEST_POLL_S
+        quiet_since_s = self._clock()
+        end_s = quiet_since_s + timeout_s
         pending, repeated = self._push(messages, timeout_s), set[int]()
         while pending and self._clock() < end_s and not done():
             arrivals = self._transport.pull(list(pending))
@@ -138,9 +138,11 @@ class Talk:
                     pending |= self._push({node: again(node)}, end_s - self._clock())
                 else:
                     self._judge(node, envelope, accept)
-            pause_s = _SHORTEST_POLL_S if arrivals else min(pause_s * 1.5, _LONGEST_POLL_S)
-            if pending and not arrivals:
-                self._sleep(min(pause_s, max(end_s - self._clock(), 0.0)))
+            now_s = self._clock()
+            if arrivals:
+                quiet_since_s = now_s
+            elif pending:
+                self._sleep(min(polling_pause_s(now_s - quiet_since_s), max(end_s - now_s, 0.0)))
         for node in pending.values():
             self.tally.lost[node] = stage
 

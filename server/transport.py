@@ -40,3 +40,8 @@ class Transport(Protocol):
     def pull(self, message_ids: Collection[str]) -> list[Arrival]:
         """Replies that are there; may return fewer than there are, so that few stand in memory at once."""
         ...
+
+
+def polling_pause_s(waited_s: float) -> float:
+    """Seconds until the next question after ``waited_s`` without an answer: it comes at most a tenth too late."""
+    return min(max(waited_s / 10, 0.02), 1.0)

@@ -287,7 +287,7 @@ def _converse(
     """Ask for messages and answer them, often while they come, rarely when they do not."""
     if (left := state.load_bytes(_INBOX)) is not None:
         _answer_noted(node, left, state, handle, stop, log)
-    pause_s, last_s = config.shortest_poll_s, time.monotonic()
+    last_s = time.monotonic()
     while not stop():
         try:
             received = node.receive()
@@ -297,11 +297,11 @@ def _converse(
             noted = received.SerializeToString()
             state.save_bytes(_INBOX, noted)
             _answer_noted(node, noted, state, handle, stop, log)
-            pause_s, last_s = config.shortest_poll_s, time.monotonic()
+            last_s = time.monotonic()
             continue
-        idle = time.monotonic() - last_s > config.idle_after_s
-        pause_s = min(pause_s * 1.5, config.idle_poll_s if idle else config.longest_poll_s)
-        stop.wait(pause_s)
+        quiet_s = time.monotonic() - last_s
+        longest_s = config.idle_poll_s if quiet_s > config.idle_after_s else config.longest_poll_s
+        stop.wait(min(max(quiet_s / 10, config.shortest_poll_s), longest_s))  # at most a tenth later than it could
 
 
 def _answer_noted(

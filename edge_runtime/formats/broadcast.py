@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.codec import Codec, decode, encode, encoded_bytes
+from edge_runtime.formats.codec import Codec, chunks, decode, encode, encoded_bytes
 from edge_runtime.formats.errors import MessageError
 from edge_runtime.formats.layout import AdapterLayout, Factors, initial_factors
 from edge_runtime.formats.messages import Part
@@ -47,13 +48,32 @@ def initial_vector(layout: AdapterLayout, group: str, rank: int, seed: int) -> N
 
 
 def take_snapshot(
-    layout: AdapterLayout, group: str, version: int, wanted: NDArray[np.float64], codec: Codec, seed: int
-) -> tuple[Snapshot, NDArray[np.float32]]:
-    """Encode a group and return it with what it decodes to, (n,) at rank r_max."""
+    layout: AdapterLayout, group: str, version: int, wanted: Sequence[NDArray[Any]], codec: Codec, seed: int
+) -> tuple[Snapshot, NDArray[np.float32], NDArray[np.float32]]:
+    """Encode a group.
+
+    Args:
+        layout: The federation's adapter.
+        group: From its layout.
+        version: What it is sent as.
+        wanted: Arrays (n,) at rank r_max whose sum, in float64 and from the left, the group should become.
+        codec: How it is sent.
+        seed: Of the start.
+
+    Returns:
+        The snapshot, what it decodes to, and what is missing from that to the sum: float32 (n,) both.
+    """
     sizes = layout.segment_sizes((group,), layout.max_rank)
     start = initial_vector(layout, group, layout.max_rank, seed)
-    raw = encode((wanted - start).astype(np.float32), sizes, codec)
-    return Snapshot(group, version, codec, raw), start + decode(raw, sizes, codec)
+    difference = np.empty(start.size, np.float32)
+    for chunk in chunks(0, start.size):
+        difference[chunk] = _summed(wanted, chunk) - start[chunk]
+    raw = encode(difference, sizes, codec)
+    values, missing = decode(raw, sizes, codec), difference
+    values += start
+    for chunk in chunks(0, start.size):
+        missing[chunk] = _summed(wanted, chunk) - values[chunk]
+    return Snapshot(group, version, codec, raw), values, missing
 
 
 def pack_parts(
@@ -105,8 +125,8 @@ def unpack_parts(
             vectors[key] = initial_vector(layout, part.group, rank, seed)
         elif part.size_bytes:
             raw = payload[offset : offset + part.size_bytes]
-            difference = decode(raw, layout.segment_sizes((part.group,), rank), part.codec)
-            vectors[key] = initial_vector(layout, part.group, rank, seed) + difference
+            vectors[key] = decode(raw, layout.segment_sizes((part.group,), rank), part.codec)
+            vectors[key] += initial_vector(layout, part.group, rank, seed)
         elif key in held and held[key].size == layout.size((part.group,), rank):
             vectors[key] = held[key]
         else:
@@ -121,3 +141,10 @@ def to_factors(layout: AdapterLayout, vectors: Mapping[tuple[str, int], NDArray[
     for (group, _), vector in vectors.items():
         factors |= layout.unflatten(vector, (group,), rank)
     return factors
+
+
+def _summed(arrays: Sequence[NDArray[Any]], chunk: slice) -> NDArray[np.float64]:
+    total = arrays[0][chunk].astype(np.float64)
+    for array in arrays[1:]:
+        total += array[chunk]
+    return total

@@ -7,7 +7,7 @@ clipped: max |error| <= scale / 2. Encoding is a pure function: equal values giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge_runtime.formats.errors import MessageError
 
 BLOCK = 64
+CHUNK = 1 << 16  # values worked on at a time, whole blocks: temporaries stay in the cache
 MAX_VALUE = 2.0**20  # far above any update; keeps scales and sums finite
 _MAX_DECODED = MAX_VALUE * (1 + 2.0**-7)  # a scale was rounded up
 
@@ -48,7 +49,7 @@ def encode(vector: NDArray[np.float32], sizes: Sequence[int], codec: Codec) -> b
     if vector.shape != (sum(sizes),):
         raise ValueError(f"{vector.shape} values for segments of {list(sizes)}")
     limit = 65504.0 if codec is Codec.FP16 else MAX_VALUE
-    if not np.isfinite(vector).all() or (vector.size and float(np.abs(vector).max()) > limit):
+    if not largest_magnitude(vector) <= limit:
         raise ValueError(f"values must be finite and at most {limit:g}")
     return b"".join(_encode_segment(part, codec) for part in _split(vector, sizes))
 
@@ -61,9 +62,10 @@ def decode(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[np.float32
             number, or a value is not finite or above MAX_VALUE.
     """
     vector = decode_unchecked(raw, sizes, codec)
-    if not np.isfinite(vector).all():
+    largest = largest_magnitude(vector)
+    if not np.isfinite(largest):
         raise MessageError("payload: a value is not finite")
-    if vector.size and float(np.abs(vector).max()) > _MAX_DECODED:
+    if largest > _MAX_DECODED:
         raise MessageError(f"payload: a value is larger than {MAX_VALUE:g}")
     return vector
 
@@ -81,7 +83,7 @@ def decode_unchecked(raw: bytes, sizes: Sequence[int], codec: Codec) -> NDArray[
     offset = start = 0
     for size in sizes:
         length = encoded_bytes([size], codec)
-        vector[start : start + size] = _decode_segment(memoryview(raw)[offset : offset + length], size, codec)
+        _decode_segment(memoryview(raw)[offset : offset + length], codec, vector[start : start + size])
         offset, start = offset + length, start + size
     return vector
 
@@ -93,31 +95,56 @@ def encoded_bytes(sizes: Sequence[int], codec: Codec) -> int:
     return sum(2 * _blocks(size) + (size if codec is Codec.INT8 else (size + 1) // 2) for size in sizes)
 
 
+def largest_magnitude(vector: NDArray[np.float32]) -> float:
+    """max |value| without a copy of the vector, 0 of an empty one; NaN when any value is."""
+    return float(np.maximum(vector.max(), -vector.min())) if vector.size else 0.0
+
+
+def chunks(start: int, stop: int) -> Iterator[slice]:
+    """[start, stop) in stretches of CHUNK values, the last one shorter."""
+    for first in range(start, stop, CHUNK):
+        yield slice(first, min(first + CHUNK, stop))
+
+
 def _encode_segment(values: NDArray[np.float32], codec: Codec) -> bytes:
     if codec in _FLOATS:
         return values.astype(_FLOATS[codec]).tobytes()
     largest = _LARGEST_CODE[codec]
-    padded = np.zeros(_blocks(values.size) * BLOCK, np.float32)
-    padded[: values.size] = values
-    blocks = padded.reshape(-1, BLOCK)
-    halves, scales = _scales(np.abs(blocks).max(axis=1) / np.float32(largest))
-    divisor = np.where(scales > 0, scales, np.float32(1))
-    codes = np.clip(np.rint(blocks / divisor[:, None]), -largest, largest).astype(np.int8).ravel()[: values.size]
-    return halves.astype("<u2").tobytes() + (codes.tobytes() if codec is Codec.INT8 else _pack(codes))
+    halves, codes = np.empty(_blocks(values.size), "<u2"), np.empty(values.size, np.int8)
+    for chunk in chunks(0, values.size):
+        blocks = _in_blocks(values[chunk])
+        first = chunk.start // BLOCK
+        exact = np.abs(np.maximum(blocks.max(axis=1), -blocks.min(axis=1))) / np.float32(largest)  # abs: of -0
+        halves[first : first + len(blocks)], scales = _scales(exact)
+        scales[scales == 0] = 1
+        quotients = blocks / scales[:, None]
+        np.rint(quotients, out=quotients)
+        codes[chunk] = quotients.ravel()[: values[chunk].size]  # a scale was rounded up: at most the largest code
+    return halves.tobytes() + (codes.tobytes() if codec is Codec.INT8 else _pack(codes))
 
 
-def _decode_segment(raw: memoryview, size: int, codec: Codec) -> NDArray[np.float32]:
+def _decode_segment(raw: memoryview, codec: Codec, out: NDArray[np.float32]) -> None:
     if codec in _FLOATS:
-        return np.frombuffer(raw, _FLOATS[codec]).astype(np.float32)
-    count = _blocks(size)
+        out[:] = np.frombuffer(raw, _FLOATS[codec])
+        return
+    count = _blocks(out.size)
     scales = (np.frombuffer(raw, "<u2", count).astype(np.uint32) << 16).view(np.float32)
     if not (np.isfinite(scales) & (scales >= 0)).all():
         raise MessageError("payload: a scale is not a finite positive number")
     stored = np.frombuffer(raw, np.uint8, offset=2 * count)
-    codes = stored.view(np.int8) if codec is Codec.INT8 else _unpack(stored, size)
+    codes = stored.view(np.int8) if codec is Codec.INT8 else _unpack(stored, out.size)
     # A huge scale times a code can leave float32; the caller refuses the infinity.
     with np.errstate(over="ignore"):
-        return codes.astype(np.float32) * np.repeat(scales, BLOCK)[:size]
+        for chunk in chunks(0, out.size):
+            factors = np.repeat(scales[chunk.start // BLOCK : -(-chunk.stop // BLOCK)], BLOCK)
+            np.multiply(codes[chunk], factors[: out[chunk].size], out=out[chunk])
+
+
+def _in_blocks(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(k, BLOCK), the last block padded with zeros."""
+    if values.size % BLOCK:
+        values = np.concatenate([values, np.zeros(-values.size % BLOCK, np.float32)])
+    return values.reshape(-1, BLOCK)
 
 
 def _scales(exact: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:

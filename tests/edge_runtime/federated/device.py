@@ -197,6 +197,6 @@ def start_snapshots(layout: AdapterLayout, moved: bool = False) -> list[object]:
         vector = initial_vector(layout, group, layout.max_rank, SEED).astype(np.float64)
         if moved:
             vector = vector + np.random.default_rng(index).normal(0, 0.1, vector.size)
-        snapshot, _ = take_snapshot(layout, group, 1, vector, Codec.FP32, SEED)
+        snapshot, *_ = take_snapshot(layout, group, 1, [vector], Codec.FP32, SEED)
         found.append(snapshot if moved else replace(snapshot, version=0, raw=b""))
     return found

@@ -136,7 +136,7 @@ def test_training_moves_the_loss_of_the_data_down(resident: Resident) -> None:
     before = unseal(resident.handle(make_score_plan(LAYOUT)), Score)
     reply = resident.handle(make_plan(LAYOUT, phase=Phase.B, steps=30, codec=Codec.FP32))
     changed = np.zeros(LAYOUT.size(("b",), 4)) + delta_of(reply)
-    snapshot, _ = take_snapshot(LAYOUT, "b", 1, changed, Codec.FP32, SEED)
+    snapshot, *_ = take_snapshot(LAYOUT, "b", 1, [changed], Codec.FP32, SEED)
     parts = make_plan(LAYOUT, snapshots=[start_snapshots(LAYOUT)[0], snapshot])
     asked = make_score_plan(LAYOUT, parts=unseal(parts, Plan).parts, payload_sha256=sha256(parts.payload))
     after = unseal(resident.handle(replace(asked, payload=parts.payload)), Score)

@@ -23,7 +23,7 @@ def snapshots(codec=Codec.INT8, groups=GROUPS, version=4):
     for group in groups:
         start = initial_vector(LAYOUT, group, 9, SEED).astype(np.float64)
         wanted = start + rng.standard_normal(start.size) * 0.03
-        snapshot, values[group] = take_snapshot(LAYOUT, group, version, wanted, codec, SEED)
+        snapshot, values[group], _ = take_snapshot(LAYOUT, group, version, [wanted], codec, SEED)
         found.append(snapshot)
     return found, values
 
@@ -49,7 +49,8 @@ def test_a_snapshot_is_within_the_codecs_error_of_what_was_wanted(codec) -> None
     rng = np.random.default_rng(6)
     start = initial_vector(LAYOUT, "a", 9, SEED).astype(np.float64)
     difference = rng.uniform(-0.03, 0.03, start.size)
-    _, values = take_snapshot(LAYOUT, "a", 1, start + difference, codec, SEED)
+    _, values, missing = take_snapshot(LAYOUT, "a", 1, [start, difference], codec, SEED)
+    np.testing.assert_array_equal(missing, (start + difference - values).astype(np.float32))
     half_a_step = {Codec.FP32: 0, Codec.FP16: 2.0**-17, Codec.INT8: 0.015 / 127 * 1.01, Codec.INT4: 0.015 / 7 * 1.01}
     error = np.abs(values - (start + difference)).max()
     assert error <= half_a_step[codec] + 2.0**-26
@@ -58,7 +59,8 @@ def test_a_snapshot_is_within_the_codecs_error_of_what_was_wanted(codec) -> None
 
 def test_only_the_difference_to_the_start_is_encoded() -> None:
     start = initial_vector(LAYOUT, "a", 9, SEED)
-    snapshot, values = take_snapshot(LAYOUT, "a", 1, start.astype(np.float64), Codec.INT4, SEED)
+    snapshot, values, missing = take_snapshot(LAYOUT, "a", 1, [start], Codec.INT4, SEED)
+    assert not missing.any()
     np.testing.assert_array_equal(values, start)
     assert not any(snapshot.raw[:2])
 

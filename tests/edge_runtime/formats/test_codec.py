@@ -10,12 +10,14 @@ from hypothesis.extra.numpy import arrays
 
 from edge_runtime.formats.codec import (
     BLOCK,
+    CHUNK,
     MAX_VALUE,
     Codec,
     decode,
     decode_unchecked,
     encode,
     encoded_bytes,
+    largest_magnitude,
 )
 from edge_runtime.formats.errors import MessageError
 
@@ -63,8 +65,9 @@ def test_integer_codes_are_within_half_a_scale_and_the_scale_is_the_smallest(cod
     for start in range(0, vector.size, BLOCK):
         block, scale = vector[start : start + BLOCK].astype(np.float64), scales[start // BLOCK]
         exact = np.abs(block).max() / LARGEST[codec]
-        # A few float32 roundings: of max / largest, of value / scale (up to 128 scales), of code * scale.
-        slack = 128 * scale * 2.0**-23 + 2.0**-149
+        # A few float32 roundings: of max / largest (to zero, below half the smallest float), of value / scale (up
+        # to 128 scales), of code * scale.
+        slack = 128 * scale * 2.0**-23 + (LARGEST[codec] / 2 if scale == 0 else 1) * 2.0**-149
         assert np.abs(decoded[start : start + BLOCK] - block).max() <= scale / 2 + slack
         assert exact * (1 - 2.0**-23) - 2.0**-149 <= scale <= exact * (1 + 2.0**-7) * (1 + 2.0**-22) + 2.0**-133
 
@@ -215,3 +218,22 @@ def test_any_bytes_are_a_bounded_vector_or_refused(codec, size, data) -> None:
 def test_lengths_by_hand() -> None:
     sizes = [64, 65, 1]
     assert [encoded_bytes(sizes, codec) for codec in Codec] == [520, 260, 130 + 8, 32 + 33 + 1 + 8]
+
+
+def test_the_largest_magnitude() -> None:
+    assert [largest_magnitude(np.array(values, np.float32)) for values in ([-3, 2], [-1, 2], [])] == [3, 2, 0]
+    assert np.isnan(largest_magnitude(np.array([1, np.nan], np.float32)))
+
+
+@pytest.mark.parametrize("codec", [Codec.INT8, Codec.INT4])
+@pytest.mark.parametrize("size", [CHUNK - 1, CHUNK, 2 * CHUNK + 65])
+def test_working_in_chunks_leaves_no_seams(codec: Codec, size: int) -> None:
+    """Blocks are independent of each other: a long segment is its chunks' scales, then its chunks' codes."""
+    vector = np.random.default_rng(3).standard_normal(size).astype(np.float32)
+    pieces = [vector[start : start + CHUNK] for start in range(0, size, CHUNK)]
+    encoded = [(2 * -(-piece.size // 64), encode(piece, [piece.size], codec)) for piece in pieces]
+    parts = [raw[:cut] for cut, raw in encoded] + [raw[cut:] for cut, raw in encoded]
+    whole = encode(vector, [size], codec)
+    assert whole == b"".join(parts)
+    decoded = np.concatenate([decode(raw, [p.size], codec) for p, (_, raw) in zip(pieces, encoded, strict=True)])
+    np.testing.assert_array_equal(decode(whole, [size], codec), decoded)
