@@ -52,7 +52,7 @@ def python_documents() -> Iterator[Document]:
     for path in sorted(stdlib.rglob("*.py")):
         parts = path.relative_to(stdlib).parts
         if not _SKIPPED_FOLDERS.intersection(parts) and not parts[0].startswith("config-"):
-            yield from _module_docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__"))
+            yield from module_docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__"))
     for name in _BUILT_IN_MODULES:
         yield from _c_docstrings(name)
 
@@ -95,7 +95,8 @@ def _sections(topic: str, name: str) -> Iterator[tuple[str, str]]:
     yield from zip((heading.strip() for heading in parts[1::2]), parts[2::2], strict=True)
 
 
-def _module_docstrings(path: Path, module: str) -> Iterator[Document]:
+def module_docstrings(path: Path, module: str) -> Iterator[Document]:
+    """Yield the docstrings of a source file, read without importing it; none when it is for another Python."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # the library ships files that are broken on purpose
