@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from pipeline.artifacts import Layout
-    from pipeline.config import Config
+    from pipeline.settings import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
 _MOVED = "SEVENFOLD_INTERPRETER_CHOSEN"

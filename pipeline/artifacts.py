@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.formats.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.settings import Config
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -25,8 +25,8 @@ from pipeline.artifacts import (
     sole_writer,
     write_record,
 )
-from pipeline.config import Config
 from pipeline.progress import CONSOLE
+from pipeline.settings import Config
 
 
 @dataclass(frozen=True, slots=True)

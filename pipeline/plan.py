@@ -17,8 +17,8 @@ from rich.table import Table
 
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import PROJECT, Layout, require_disk
-from pipeline.config import CheckpointTeacher, Config
 from pipeline.flow import SHIP, Stage, why_run
+from pipeline.settings import CheckpointTeacher, Config
 
 _PROCESS_BYTES = 900_000_000  # torch, transformers and onnxruntime loaded
 _PROCESS_S = 8.0

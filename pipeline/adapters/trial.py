@@ -19,8 +19,8 @@ from edge_runtime.backends.base import Backend
 from edge_runtime.formats.errors import BackendError, UserError
 from edge_runtime.formats.lora import Adapter
 from edge_runtime.formats.package import Package
-from pipeline.config import GateConfig
 from pipeline.export.parity import compare_logits
+from pipeline.settings import GateConfig
 
 FloatArray = NDArray[np.float32]
 Losses = NDArray[np.float64]  # (S,) mean loss of each sequence, in nats a token

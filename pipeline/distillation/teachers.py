@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import read_json
-from pipeline.config import CheckpointTeacher, FromScratchTeacher
+from pipeline.settings import CheckpointTeacher, FromScratchTeacher
 
 QUESTION_TEMPLATE = "Question: {{ messages[-1]['content'] }}\nAnswer:"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from pipeline.progress import progress
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.settings import Config
 
 Loss = Callable[[torch.Tensor, NDArray[np.int64], torch.Tensor], torch.Tensor]
 """(logits (B, T, V), sequence numbers (B,), tokens (B, T)) -> scalar."""

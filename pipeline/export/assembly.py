@@ -15,7 +15,7 @@ from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
 from pipeline.artifacts import PROJECT, file_digest, read_json
-from pipeline.config import Config
+from pipeline.settings import Config
 
 EXPORT_FILE = "export.json"
 WEIGHTS_FILE, LEGACY_FILE = "weights.safetensors", "legacy.safetensors"

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import StageRun, read_json, write_json
-from pipeline.config import GateConfig
 from pipeline.distillation.scoring import agreement, kl_from_draws
 from pipeline.export.assembly import WEIGHTS_FILE, legacy_python, trial_package
 from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import run_bench, run_edge
 from pipeline.progress import progress
+from pipeline.settings import GateConfig
 
 _BENCH_PROMPT_TOKENS = 32
 

@@ -18,9 +18,9 @@ from pipeline.adapters.candidate import Candidate, open_candidate
 from pipeline.adapters.champion import crown, keep_adapter
 from pipeline.adapters.trial import REFERENCE_CONTAINER, Verdict, judge
 from pipeline.artifacts import PROJECT, Layout, file_digest, sole_writer, write_json
-from pipeline.config import Config
 from pipeline.data.packing import pack_sequences, shuffle_texts
 from pipeline.data.sources import file_documents
+from pipeline.settings import Config
 from pipeline.tracking_adapters import AdapterVersion, NewAdapter, list_adapters, register_champion
 
 _TEXTS = (".txt", ".jsonl", ".parquet")

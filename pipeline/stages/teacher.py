@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from pipeline.artifacts import StageRun, write_json
-from pipeline.config import CheckpointTeacher, FromScratchTeacher
 from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts, train_tokenizer
 from pipeline.distillation.teachers import (
     QUESTION_TEMPLATE,
@@ -14,6 +13,7 @@ from pipeline.distillation.teachers import (
     resolve_checkpoint,
     save_tokenizer,
 )
+from pipeline.settings import CheckpointTeacher, FromScratchTeacher
 
 
 def run(run: StageRun) -> None:

@@ -16,8 +16,9 @@ import pytest
 from edge_runtime.formats.package import open_package
 from edge_runtime.formats.signing import load_trust
 from pipeline.artifacts import Layout, tree_digest
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.flow import STAGES, planned
+from pipeline.settings import Config
 from tests.flows.conftest import LEGACY_PYTHON, OVERRIDES, run_edge, run_pipeline
 
 pytestmark = [pytest.mark.flow, pytest.mark.xdist_group("run")]

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from pipeline import tracking
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.data.packing import train_tokenizer
+from pipeline.settings import Config
 
 MakeModel = Callable[..., PreTrainedModel]
 VOCABULARY = 320

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.formats.errors import ConfigError
-from pipeline.config import CheckpointTeacher, Config, FromScratchTeacher, config_digest, load_configs
+from pipeline.config import config_digest, load_configs
+from pipeline.settings import CheckpointTeacher, Config, FromScratchTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = "submodel=tiny"
@@ -44,7 +45,7 @@ ONE = "submodel=tiny"
         ("quantize=int8", "export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out"),
         ("quantize.group=64", "quantize.group: tflite runs group 32; choose 32 or leave tflite out"),
         ("runtime.max_tokens=256", "runtime.max_tokens must be below export.context_tokens"),
-        ("data.path=x.txt", "data: path is required by source=local and refused by python_docs"),
+        ("data.path=x.txt", "data: path is required by source=local and refused by the others"),
         ("data.min_chars=20000", "data: min_chars must be below max_chars"),
         ("teacher.num_heads=6", "teacher: hidden_size must divide by num_heads, and num_heads by num_kv_heads"),
         ("teacher.num_heads=32", "teacher: hidden_size / num_heads must be a multiple of 16"),

@@ -11,12 +11,19 @@ import pytest
 from edge_runtime.formats.errors import UserError
 from pipeline import flow
 from pipeline.artifacts import Layout, StageRun, write_json
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.flow import SHIP, STAGES, execute, planned, stage_fingerprint, stage_names, why_run
+from pipeline.settings import Config
 from tests.pipeline.source_graph import ROOT, module_file, reached, settings_read
 
 # Code that carries values and no results: reading a configuration, writing files, showing progress, wording errors.
-PLUMBING = {"pipeline/artifacts.py", "pipeline/config.py", "pipeline/progress.py", "edge_runtime/formats/errors.py"}
+PLUMBING = {
+    "pipeline/artifacts.py",
+    "pipeline/config.py",
+    "pipeline/progress.py",
+    "pipeline/settings.py",
+    "edge_runtime/formats/errors.py",
+}
 
 
 @pytest.mark.parametrize("name", STAGES)

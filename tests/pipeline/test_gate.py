@@ -18,8 +18,9 @@ from edge_runtime.formats.errors import AdapterError, GateError, UserError
 from edge_runtime.formats.lora import Adapter, encode_adapter, load_adapter
 from pipeline import __main__, tracking
 from pipeline.artifacts import Layout
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts
+from pipeline.settings import Config
 from pipeline.stages import gate
 from tests.pipeline.conftest import TEXTS, MakeModel
 from tests.pipeline.gate_cases import (

@@ -12,9 +12,10 @@ import pytest
 from edge_runtime.formats.errors import UserError
 from pipeline import artifacts, plan
 from pipeline.artifacts import Layout, write_record
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.flow import SHIP, STAGES, planned, stage_fingerprint
 from pipeline.plan import estimate, print_plan, require_resources
+from pipeline.settings import Config
 from tests.pipeline.test_artifacts import Usage
 
 

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from edge_runtime.formats.errors import UserError
-from pipeline.config import SubmodelConfig
 from pipeline.distillation.pruning import (
     Importance,
     StudentShape,
@@ -20,6 +19,7 @@ from pipeline.distillation.pruning import (
     random_student,
     student_shape,
 )
+from pipeline.settings import SubmodelConfig
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 FULL = StudentShape(hidden_size=64, intermediate_size=96, num_kv_heads=2, num_layers=3)

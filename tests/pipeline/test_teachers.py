@@ -16,7 +16,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from tokenizers import Tokenizer
 
 from edge_runtime.formats.errors import UserError
-from pipeline.config import CheckpointTeacher, FromScratchTeacher
 from pipeline.distillation.teachers import (
     TeacherSource,
     build_teacher,
@@ -25,6 +24,7 @@ from pipeline.distillation.teachers import (
     resolve_checkpoint,
     save_tokenizer,
 )
+from pipeline.settings import CheckpointTeacher, FromScratchTeacher
 from tests.pipeline.conftest import TEXTS, VOCABULARY, MakeModel
 
 TOKENS = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(1))

@@ -14,7 +14,7 @@ from ai_edge_litert.interpreter import Interpreter
 from edge_runtime.formats.decoder import PROJECTIONS
 from edge_runtime.formats.errors import ConfigError, ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, dequantize
-from pipeline.config import Config, load_configs
+from pipeline.config import load_configs
 from pipeline.export.assembly import adapter_slots, training_containers
 from pipeline.export.checkpoint import float_weights, spec_of
 from pipeline.export.lora_slots import LoraSlots
@@ -32,6 +32,7 @@ from pipeline.export.train_step_parity import (
 )
 from pipeline.export.train_step_tape import Tape, differentiate
 from pipeline.export.train_step_tflite import write_tflite_train_steps
+from pipeline.settings import Config
 from tests.pipeline import onnx_cases
 from tests.train_cases import CONTEXT_TOKENS, Base, base_of, draw_batch, peft_step, worst_difference
 

@@ -1,0 +1,245 @@
+"""Every setting: its type, its bounds, and what contradicts what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Container = Literal["onnx", "tflite", "tflite_legacy"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Where text comes from and which documents are kept."""
+
+    source: Literal["python_docs", "python_packages", "local"]
+    path: Path | None = None
+    packages: list[str] = []
+    min_chars: Count
+    max_chars: Annotated[int, Field(ge=1, le=200_000)]
+    held_out_modulus: Annotated[int, Field(ge=2)]
+    rules: Literal["basic", "web"]
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]]
+    pii: Literal["off", "replace", "drop"]
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1)] | None
+    decontaminate: list[Path]
+    workers: Annotated[int, Field(ge=1, le=256)]
+    engine: Literal["local", "ray"]
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if (self.source == "local") != (self.path is not None):
+            raise ValueError("path is required by source=local and refused by the others")
+        if (self.source == "python_packages") != bool(self.packages):
+            raise ValueError("packages are required by source=python_packages and refused by the others")
+        if self.min_chars >= self.max_chars:
+            raise ValueError("min_chars must be below max_chars")
+        return self
+
+
+class FromScratchTeacher(_Strict):
+    """A small Llama trained here."""
+
+    kind: Literal["from_scratch"]
+    vocab_size: Annotated[int, Field(ge=300, le=65536)]
+    hidden_size: Annotated[int, Field(ge=32, multiple_of=32)]
+    intermediate_size: Annotated[int, Field(ge=32, multiple_of=32)]
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    steps: Count
+    batch_sequences: Count
+    learning_rate: Rate
+
+    @model_validator(mode="after")
+    def _check(self) -> FromScratchTeacher:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("hidden_size must divide by num_heads, and num_heads by num_kv_heads")
+        if self.hidden_size // self.num_heads % 16:
+            raise ValueError("hidden_size / num_heads must be a multiple of 16 (ONNX Runtime's attention)")
+        return self
+
+
+class CheckpointTeacher(_Strict):
+    """A Hugging Face checkpoint: a directory, or a name on the hub."""
+
+    kind: Literal["local", "hub"]
+    path: Path | None = None
+    name: str | None = None
+    revision: str = "main"
+    load: Literal["fp32", "bf16", "int8", "int4"]
+    device_map: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointTeacher:
+        if self.kind == "local" and self.path is None:
+            raise ValueError("path is required by kind=local (teacher.path=DIR)")
+        if self.kind == "hub" and not self.name:
+            raise ValueError("name is required by kind=hub (teacher.name=ORG/MODEL)")
+        return self
+
+
+class SubmodelConfig(_Strict):
+    """Ratios of the teacher's sizes; absolute sizes win where given."""
+
+    name: Name
+    width: Ratio
+    ffn: Ratio
+    heads: Ratio
+    depth: Ratio
+    hidden_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    intermediate_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    num_kv_heads: Count | None = None
+    num_layers: Count | None = None
+
+
+class DistillConfig(_Strict):
+    """Teacher signal and training of the students."""
+
+    sequence_tokens: Annotated[int, Field(ge=8)]
+    target_tokens: Count
+    draws: Annotated[int, Field(ge=1, le=64)]
+    importance_sequences: Count
+    steps: Count
+    batch_sequences: Count
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0, lt=1)]
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["auto", "bf16", "fp32"]
+    checkpoint_every_steps: Count
+    from_scratch_baseline: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if self.target_tokens < self.sequence_tokens * self.batch_sequences:
+            raise ValueError("target_tokens must hold one batch (sequence_tokens x batch_sequences)")
+        return self
+
+
+class QuantizeConfig(_Strict):
+    """Codes of the shipped containers."""
+
+    bits: Literal[4, 8]
+    group: Literal[32, 64, 128]
+    rounding: Literal["rtn", "mse"]
+
+
+class ExportConfig(_Strict):
+    """Containers and their fixed shapes."""
+
+    containers: Annotated[list[Container], Field(min_length=1)]
+    context_tokens: Annotated[int, Field(ge=16, le=131_072)]
+    prefill_tokens: Annotated[int, Field(ge=2, le=1024)]
+    accuracy_level: Literal[0, 4]
+    lora_targets: list[Projection]
+    lora_rank: Annotated[int, Field(ge=1, le=256)]
+    train_buckets: Annotated[list[Annotated[int, Field(ge=8, le=8192)]], Field(max_length=8)]
+    train_batch: Annotated[int, Field(ge=1, le=256)]
+    torch_base: bool
+    parity_positions: Annotated[int, Field(ge=8)]
+    legacy_python: Path
+    licence: str
+    version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}\.\d{1,6}$")]
+    counter: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> ExportConfig:
+        if len(set(self.containers)) != len(self.containers):
+            raise ValueError("containers must not repeat")
+        if self.prefill_tokens >= self.context_tokens:
+            raise ValueError("prefill_tokens must be below context_tokens")
+        if self.train_buckets != sorted(set(self.train_buckets)) or max(self.train_buckets, default=0) > (
+            self.context_tokens
+        ):
+            raise ValueError("train_buckets must grow and stay within context_tokens")
+        if self.train_buckets and not self.lora_targets:
+            raise ValueError("train_buckets need lora_targets; choose some, or train_buckets=[]")
+        return self
+
+
+class GateConfig(_Strict):
+    """Bounds that a submodel must keep to be registered, and how ``stage=gate`` judges a federation's adapter."""
+
+    containers: list[Container]
+    perplexity_ratio_max: Annotated[float, Field(gt=1)]
+    top1_to_fp_min: Annotated[float, Field(ge=0, le=1)]
+    onnx_weight_ratio_max: Ratio
+    tflite_weight_ratio_max: Ratio
+    beats_from_scratch: bool
+    margin: Annotated[float, Field(ge=0, lt=100)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    resamples: Annotated[int, Field(ge=100, le=100_000)]
+    sequences: Annotated[int, Field(ge=8, le=100_000)]
+    text: Path | None = None
+    agreement_rms_max: Ratio
+    agreement_top1_min: Annotated[float, Field(ge=0, le=1)]
+
+
+class TrackConfig(_Strict):
+    """Where MLflow keeps its store."""
+
+    store: Path
+    port: Annotated[int, Field(ge=1024, le=65535)]
+
+
+class RuntimeConfig(_Strict):
+    """How exported files are measured."""
+
+    threads: Annotated[int, Field(ge=1, le=256)]
+    evaluation_sequences: Count
+    bench_tokens: Count
+    prompt: Annotated[str, Field(min_length=1, max_length=2000)]
+    max_tokens: Count
+
+
+class Config(_Strict):
+    """Everything one run reads, for one submodel of the family."""
+
+    stage: str | None = None
+    dry_run: bool = False
+    candidate: Path | None = None
+    package: Path | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    threads: Annotated[int, Field(ge=1, le=256)]
+    family: Annotated[list[Name], Field(min_length=1)]
+    data: DataConfig
+    teacher: Annotated[FromScratchTeacher | CheckpointTeacher, Field(discriminator="kind")]
+    submodel: SubmodelConfig
+    distill: DistillConfig
+    quantize: QuantizeConfig
+    export: ExportConfig
+    gate: GateConfig
+    track: TrackConfig
+    runtime: RuntimeConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.quantize.bits == 8 and "tflite" in self.export.containers:
+            raise ValueError("export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out")
+        if self.quantize.group != 32 and "tflite" in self.export.containers:
+            raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
+        if self.runtime.max_tokens >= self.export.context_tokens:
+            raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        self._check_candidate()
+        return self
+
+    def _check_candidate(self) -> None:
+        if self.stage == "gate":
+            if self.candidate is None:
+                raise ValueError("candidate: is missing; add candidate=DIR")
+            if self.dry_run:
+                raise ValueError("dry_run: stage=gate has no plan to print; leave it out")
+            return
+        for name, value in (("candidate", self.candidate), ("package", self.package)):
+            if value is not None:
+                raise ValueError(f"{name}: only stage=gate takes one, the stage is {self.stage or 'not given'}")
