@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import inspect
 import json
 import re
 import sysconfig
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from edge_runtime.formats.errors import UserError
+from pipeline.data.instructions import Message, row_messages
 
+MAX_ROW_CHARS = 16 << 20
 _TEXT_CHUNK_CHARS = 2_000
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_READ_CHARS = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "turtledemo"}
 # Modules in C whose docstrings no source file shows; each is safe to import.
 _BUILT_IN_MODULES = (
@@ -29,11 +34,19 @@ _BUILT_IN_MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. ``question`` asks for it, or is None when the text answers nothing."""
+    """One text, or one conversation.
+
+    Attributes:
+        source: File and line, or the name of what is documented.
+        text: Empty when there are messages.
+        question: Asks for the text; None when the text answers nothing.
+        messages: (role, content) of instruction data.
+    """
 
     source: str
     text: str
     question: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 def python_documents() -> Iterator[Document]:
@@ -58,19 +71,17 @@ def python_documents() -> Iterator[Document]:
 
 
 def file_documents(path: Path) -> Iterator[Document]:
-    """Yield documents of a .txt, .jsonl or .parquet file, or of all such files below a folder.
+    """Yield documents of a file, or of all files of a known type below a folder.
 
-    A text file is cut at blank lines into documents of about 2,000 characters. A JSON line or a
-    parquet row needs ``text``, or ``question`` and ``answer`` (also ``prompt`` and ``response``).
+    A .txt file is cut at blank lines into documents of about 2,000 characters. A row of .jsonl, .jsonl.gz, .parquet or
+    of a .json list needs ``text``, or ``question`` and ``answer`` (also ``prompt`` and ``response``), or the columns
+    of instruction data that ``row_messages`` reads. Rows are read one after another: memory does not grow with files.
 
     Raises:
-        UserError: Nothing is there, a file has another type, or a row has neither set of fields.
+        UserError: Nothing is there, a file has another type or is damaged, or a row has none of these fields.
     """
-    readers: dict[str, Callable[[Path], Iterator[Document]]] = dict(
-        zip(_SUFFIXES, (_read_txt, _read_jsonl, _read_parquet), strict=True)
-    )
     for file in document_files(path):
-        yield from readers[file.suffix](file)
+        yield from _reader(file)(file)
 
 
 def document_files(path: Path) -> list[Path]:
@@ -82,9 +93,10 @@ def document_files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError("data.path", str(path), "an existing file or folder", "check the path")
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    usable = [p for p in paths if p.suffix in _SUFFIXES]
+    usable = [p for p in paths if p.name.endswith(tuple(_READERS))]
     if not usable:
-        raise UserError("data.path", str(path), ".txt, .jsonl or .parquet files", "convert the file to one of these")
+        allowed = f"{', '.join(list(_READERS)[:-1])} or {list(_READERS)[-1]} files"
+        raise UserError("data.path", str(path), allowed, "convert the file to one of these")
     return usable
 
 
@@ -161,14 +173,88 @@ def _read_txt(path: Path) -> Iterator[Document]:
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        yield from _line_documents(file, path.name)
+
+
+def _read_gzip(path: Path) -> Iterator[Document]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+            yield from _line_documents(file, path.name)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError("data.path", str(path), f"a whole gzip file ({error})", "fetch it again") from None
+
+
+def _line_documents(file: TextIO, name: str) -> Iterator[Document]:
+    number = 0
+    while line := file.readline(MAX_ROW_CHARS + 1):
+        number += 1
+        if len(line) > MAX_ROW_CHARS:
+            raise _too_long(f"{name} line {number}")
+        if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path.name} line {number}", line[:60], f"one JSON object a line ({error})") from None
+                raise UserError(f"{name} line {number}", line[:60], f"one JSON object a line ({error})") from None
+            yield _row_document(row, f"{name}:{number}")
+
+
+def _read_json(path: Path) -> Iterator[Document]:
+    """A list of rows, one row in memory at a time; many files of this name hold JSON lines, and are read as such."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        buffer = file.read(_READ_CHARS).lstrip("\ufeff \t\r\n")  # a mark of the byte order is no fault
+        if buffer.startswith("{"):
+            file.seek(0)
+            yield from _line_documents(file, path.name)
+            return
+        if not buffer.startswith("["):
+            raise UserError(path.name, buffer[:60], "a list of rows, or one JSON object a line")
+        for number, row in enumerate(_list_items(file, buffer[1:], path.name), 1):
             yield _row_document(row, f"{path.name}:{number}")
+
+
+def _list_items(file: TextIO, buffer: str, name: str) -> Iterator[Any]:
+    """Items of a JSON list whose bracket is read already; ``buffer`` grows to the largest item and no further."""
+    position, number, wanted = 0, 0, _READ_CHARS
+    while True:
+        item, end, fault = _next_item(buffer, position, first=number == 0)
+        if not fault:
+            if item is None:
+                break
+            yield item[0]
+            position, number, wanted = end, number + 1, _READ_CHARS
+            continue
+        if len(buffer) - position > MAX_ROW_CHARS:
+            raise _too_long(f"{name} row {number + 1}")
+        more = file.read(wanted)
+        if not more:
+            raise UserError(f"{name} row {number + 1}", buffer[position:][:60], f"rows of a JSON list ({fault})")
+        buffer, position = buffer[position:] + more, 0
+        wanted *= 2  # so that a long row is not decoded again and again
+    if (rest := buffer[end:] + file.read(_READ_CHARS)).strip():
+        raise UserError(name, rest.strip()[:60], "nothing after the list")
+
+
+def _next_item(buffer: str, position: int, first: bool) -> tuple[tuple[Any] | None, int, str]:
+    """(item, where what follows it begins, "") or (None, end, "") at the list's end; a fault when more is needed."""
+    position = _after_space(buffer, position)
+    if buffer.startswith("]", position):
+        return None, position + 1, ""
+    if not first:
+        if not buffer.startswith(",", position):
+            return None, position, "a comma or the list's end is missing"
+        position = _after_space(buffer, position + 1)
+    try:
+        item, end = json.JSONDecoder().raw_decode(buffer, position)
+    except (ValueError, RecursionError) as error:
+        return None, position, str(error)
+    if _after_space(buffer, end) == len(buffer):  # a number, say, may go on
+        return None, position, "the list does not end"
+    return (item,), end, ""
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -177,20 +263,44 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
     number = 0
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        for row in (row for batch in batches for row in batch.to_pylist()):
-            number += 1
-            yield _row_document(row, f"{path.name}:{number}")
+        with parquet.ParquetFile(path) as file:
+            for row in (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()):
+                number += 1
+                yield _row_document(row, f"{path.name}:{number}")
     except (ArrowException, OSError) as error:
         raise UserError("data.path", str(path), f"a whole parquet file ({error})") from None
 
 
 def _row_document(row: Any, source: str) -> Document:
     if isinstance(row, dict):
+        if (messages := row_messages(row, source)) is not None:
+            return Document(source, "", messages=messages)
         for question, answer in (("question", "answer"), ("prompt", "response")):
             if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
                 return Document(source, row[answer], row[question])
         if isinstance(row.get("text"), str):
             return Document(source, row["text"])
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise UserError(source, found, "a row with text, or question and answer, or prompt and response")
+    found = sorted(map(str, row))[:20] if isinstance(row, dict) else type(row).__name__
+    raise UserError(
+        source,
+        found,
+        "a row with text, or question and answer, or prompt and response, or messages, or conversations,"
+        " or instruction and output",
+    )
+
+
+def _too_long(place: str) -> UserError:
+    return UserError(place, f"more than {MAX_ROW_CHARS} characters", f"rows of at most {MAX_ROW_CHARS} characters")
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Document]]:
+    return next(reader for suffix, reader in _READERS.items() if path.name.endswith(suffix))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_gzip,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
