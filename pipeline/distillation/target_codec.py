@@ -154,7 +154,7 @@ def unpack_ids(packed: Bytes, count: int, bits: int) -> NDArray[np.uint32]:
     if len(packed) != -(-count * bits // 8):
         raise DamagedShardError(f"{count} ids of {bits} bits do not take {len(packed)} bytes")
     groups = -(-count // 8)
-    padded = bytes(packed) + bytes(groups * bits - len(packed) + 4)
+    padded = bytes(packed) + bytes(max(groups, 1) * bits - len(packed) + 4)
     ids = np.empty((groups, 8), np.uint32)
     for index in range(8):
         offset, shift = divmod(index * bits, 8)
