@@ -1,0 +1,167 @@
+"""Rules for pages of the web: Gopher's on quality and repetition, and C4's, by the limits of their language."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.characters import Script, code_points, scripts_of
+from pipeline.data.repetition import repeated_share, repetition
+from pipeline.data.rule_limits import LIMITS, OTHER, WebLimits
+from pipeline.data.verdicts import Drop, DropReason, Keep, Verdict
+
+_WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
+_SPACES = re.compile(r"\s+")
+_PARAGRAPH_END = re.compile(r"\n{2,}")
+_LINE_END = re.compile(r"\n+")
+_BULLETS = ("•", "-", "*", "·", "●", "○", "■", "◆", "▪", "※")
+_ELLIPSES = ("...", "…", "。。。")
+_CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
+_MAX_WORD_CHARS = 1_000  # C4's code: a longer word is data, not text
+
+
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """A text's units as numbers, and what their limits ask of them."""
+
+    ids: npt.NDArray[np.int64]  # (N,)
+    lengths: npt.NDArray[np.int64]  # (N,) characters
+    names: frozenset[str]  # the distinct units
+    words: int  # units that are not punctuation alone
+    word_chars: int
+    letter_units: int
+
+
+def gopher_quality(text: str, language: str) -> Verdict:
+    """Gopher's rules on quality: how many words and how long, symbols, bullets, ellipses, letters, stop words."""
+    limits = LIMITS.get(language, OTHER)
+    units = _measure(text, limits.unit)
+    reason = _word_fault(units, limits) or _line_fault(text, limits, len(units.ids))
+    if reason is None and units.letter_units < limits.min_letter_unit_ratio * len(units.ids):
+        reason = DropReason.FEW_LETTER_WORDS
+    if reason is None and len(limits.stop_words & units.names) < limits.min_stop_words:
+        reason = DropReason.FEW_STOP_WORDS
+    return Drop(reason) if reason else Keep(text)
+
+
+def gopher_repetition(text: str, language: str) -> Verdict:
+    """Gopher's rules on repetition: paragraphs, lines, the most frequent phrase, passages that stood before."""
+    limits = LIMITS.get(language, OTHER)
+    count_ratio, char_ratio = repeated_share(_PARAGRAPH_END.split(text), len(text))
+    if count_ratio > limits.max_repeated_paragraph_ratio or char_ratio > limits.max_repeated_paragraph_char_ratio:
+        return Drop(DropReason.REPEATED_PARAGRAPHS)
+    count_ratio, char_ratio = repeated_share(_LINE_END.split(text), len(text))
+    if count_ratio > limits.max_repeated_line_ratio or char_ratio > limits.max_repeated_line_char_ratio:
+        return Drop(DropReason.REPEATED_LINES)
+    units = _measure(text, limits.unit)
+    reason = repetition(units.ids, units.lengths, len(text), limits.unit == "words", limits)
+    return Drop(reason) if reason else Keep(text)
+
+
+def c4_lines(text: str, language: str) -> Verdict:
+    """C4's rules: lines that are no text go, and pages with filler text, curly brackets or few sentences."""
+    limits = LIMITS.get(language, OTHER)
+    lowered = text.lower()
+    if "lorem ipsum" in lowered:
+        return Drop(DropReason.LOREM_IPSUM)
+    if "{" in text:
+        return Drop(DropReason.CURLY_BRACKET)
+    if "[" in text:
+        text = _CITATION.sub("", text)
+    unwanted = ("javascript", *limits.policy_phrases)
+    unwanted = tuple(phrase for phrase in unwanted if phrase in lowered)
+    kept = "\n".join([line for line in text.split("\n") if _is_text(line, limits, unwanted)]).strip()
+    if limits.min_sentences > 0 and not _has_sentences(kept, limits.sentence_end, limits.min_sentences):
+        return Drop(DropReason.FEW_SENTENCES)
+    return Keep(kept)
+
+
+@functools.lru_cache(maxsize=1)  # quality and repetition look at the same text, one after the other
+def _measure(text: str, unit: Literal["words", "characters"]) -> _Units:
+    return _measure_words(text) if unit == "words" else _measure_characters(text)
+
+
+def _measure_words(text: str) -> _Units:
+    words = _WORD.findall(text)
+    index = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    ids = np.fromiter(map(index.__getitem__, words), np.int64, len(words))
+    lengths = np.fromiter(map(len, index), np.int64, len(index))
+    counts = np.bincount(ids, minlength=len(index))
+    # Each distinct word is looked at once: there are few of them.
+    proper = np.fromiter((word[0].isalnum() or len(word) > 1 for word in index), np.bool_, len(index))
+    letters = np.fromiter((any(map(str.isalpha, word)) for word in index), np.bool_, len(index))
+    return _Units(
+        ids=ids,
+        lengths=lengths[ids],
+        names=frozenset(index),
+        words=int(counts[proper].sum()),
+        word_chars=int((counts * lengths)[proper].sum()),
+        letter_units=int(counts[letters].sum()),
+    )
+
+
+def _measure_characters(text: str) -> _Units:
+    characters = _SPACES.sub("", text)
+    codes = code_points(characters)
+    letters = int((scripts_of(codes) != Script.NONE).sum())
+    return _Units(
+        ids=codes.astype(np.int64),
+        lengths=np.ones(len(codes), np.int64),
+        names=frozenset(characters),
+        words=letters,
+        word_chars=letters,
+        letter_units=letters,
+    )
+
+
+def _word_fault(units: _Units, limits: WebLimits) -> DropReason | None:
+    if units.words < limits.min_words:
+        return DropReason.FEW_WORDS
+    if units.words > limits.max_words:
+        return DropReason.MANY_WORDS
+    if limits.word_chars is not None:
+        shortest, longest = limits.word_chars
+        if not shortest <= units.word_chars / units.words <= longest:
+            return DropReason.WORD_LENGTH
+    return None
+
+
+def _line_fault(text: str, limits: WebLimits, num_units: int) -> DropReason | None:
+    most = limits.max_hash_ratio * num_units
+    if text.count("#") > most or text.count("...") + text.count("…") > most:
+        return DropReason.MANY_SYMBOLS
+    lines = text.split("\n")
+    filled = [line for line in lines if line]
+    if limits.min_line_chars is not None and sum(map(len, filled)) < limits.min_line_chars * len(filled):
+        return DropReason.SHORT_LINES
+    if sum([line.lstrip().startswith(_BULLETS) for line in filled]) > limits.max_bullet_line_ratio * len(lines):
+        return DropReason.BULLET_LIST
+    if sum([line.endswith(_ELLIPSES) for line in filled]) > limits.max_cut_line_ratio * len(lines):
+        return DropReason.CUT_LINES
+    return None
+
+
+def _is_text(line: str, limits: WebLimits, unwanted: tuple[str, ...]) -> bool:
+    """Whether a line stays: units enough, no word of a thousand characters, none of the unwanted phrases."""
+    if limits.unit == "words":
+        if len(line.split(None, limits.min_line_units)) < limits.min_line_units:
+            return False
+    elif len(line) < limits.min_line_units:
+        return False
+    if limits.unit == "words" and len(line) > _MAX_WORD_CHARS and max(map(len, line.split())) > _MAX_WORD_CHARS:
+        return False
+    if limits.terminal_marks is not None and (not line.endswith(limits.terminal_marks) or line.endswith("...")):
+        return False
+    if not unwanted:
+        return True
+    lowered = line.lower()
+    return not any(phrase in lowered for phrase in unwanted)
+
+
+def _has_sentences(text: str, end: str, least: int) -> bool:
+    return sum(1 for _, _ in zip(range(least), re.finditer(end, text), strict=False)) == least
