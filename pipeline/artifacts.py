@@ -116,6 +116,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
+def located(path: Path) -> Path:
+    """Where a path of the configuration is: relative ones are looked for here first, then in the project."""
+    path = path.expanduser()
+    return (path if path.exists() else PROJECT / path).resolve()
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a temporary file beside ``path``, flush it to disk, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)

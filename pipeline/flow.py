@@ -21,8 +21,10 @@ from pipeline.artifacts import (
     atomic_directory,
     content_digest,
     fingerprint,
+    located,
     recorded_fingerprint,
     sole_writer,
+    tree_digest,
     write_record,
 )
 from pipeline.progress import CONSOLE
@@ -64,6 +66,7 @@ _SIGNAL = tuple(
     f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision")
 )
 _FORMATS = "edge_runtime/formats"
+REFERENCE = "assets/reference_teacher"
 _MODELS = ("pipeline/distillation", _FORMATS)
 _STUDENT_LOGITS = "pipeline/distillation/recording.py"
 STAGES = {
@@ -73,7 +76,7 @@ STAGES = {
         Stage(
             "teacher",
             ("teacher", *_TRAINING, "seed", "threads"),
-            (*_MODELS, "pipeline/data"),
+            (*_MODELS, "pipeline/data", REFERENCE),
             ("clean",),
             "artifacts/teacher",
         ),
@@ -277,7 +280,10 @@ def _external(stage: Stage, config: Config) -> list[str]:
     """Files outside the project that a stage reads, as name, size and time of change."""
     roots = {"clean": config.data.path, "teacher": getattr(config.teacher, "path", None)}
     root = roots.get(stage.name)
-    if root is None or not root.exists():
+    if root is None or not located(root).exists():
         return []
+    root = located(root)
+    if root.is_relative_to(PROJECT) and root.is_dir():
+        return [tree_digest(root)]  # the same in every clone
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import PROJECT, Layout, require_disk
+from pipeline.artifacts import PROJECT, Layout, located, require_disk
 from pipeline.flow import SHIP, Stage, why_run
 from pipeline.settings import CheckpointTeacher, Config
 
@@ -119,9 +119,9 @@ def _teacher_params(config: Config) -> float:
     """Parameters of the teacher, from its sizes; 7.6e9 for one not yet downloaded."""
     teacher = config.teacher
     if isinstance(teacher, CheckpointTeacher):
-        if teacher.path is None or not teacher.path.is_dir():
+        if teacher.path is None or not located(teacher.path).is_dir():
             return 7.6e9
-        return sum(file.stat().st_size for file in teacher.path.glob("*.safetensors")) / 2
+        return sum(file.stat().st_size for file in located(teacher.path).glob("*.safetensors")) / 2
     head = teacher.hidden_size // teacher.num_heads
     attention = 2 * teacher.hidden_size * head * (teacher.num_heads + teacher.num_kv_heads)
     layer = attention + 3 * teacher.hidden_size * teacher.intermediate_size

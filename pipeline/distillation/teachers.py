@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import read_json
+from pipeline.artifacts import PROJECT, located, read_json, write_json
 from pipeline.settings import CheckpointTeacher, FromScratchTeacher
 
 QUESTION_TEMPLATE = "Question: {{ messages[-1]['content'] }}\nAnswer:"
@@ -55,7 +55,7 @@ def resolve_checkpoint(config: CheckpointTeacher) -> Path:
     """
     if config.kind == "hub":
         return _download(config)
-    path = Path(str(config.path)).expanduser().resolve()
+    path = located(Path(str(config.path)))
     if not (path / "config.json").is_file():
         raise UserError("teacher.path", str(config.path), "a folder with config.json and *.safetensors")
     if not list(path.glob("*.safetensors")):
@@ -69,10 +69,18 @@ def resolve_checkpoint(config: CheckpointTeacher) -> Path:
     return path
 
 
+def write_source(folder: Path, checkpoint: Path, teacher: CheckpointTeacher) -> TeacherSource:
+    """Note in teacher.json where a checkpoint is; one that belongs to the project keeps its name in every clone."""
+    shown = checkpoint.relative_to(PROJECT) if checkpoint.is_relative_to(PROJECT) else checkpoint
+    source = TeacherSource(shown.as_posix(), teacher.load, teacher.device_map, teacher.name or checkpoint.name)
+    write_json(folder / "teacher.json", asdict(source))
+    return source
+
+
 def read_source(folder: Path) -> TeacherSource:
-    """What the teacher stage wrote; a teacher trained here lies beside teacher.json."""
+    """What the teacher stage wrote; the path of a teacher trained here (``.``) is the folder of teacher.json."""
     source = TeacherSource(**read_json(folder / "teacher.json"))
-    return source if Path(source.path).is_absolute() else replace(source, path=str(folder))
+    return replace(source, path=str(folder if source.path == "." else PROJECT / source.path))
 
 
 def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:

@@ -12,6 +12,7 @@ from pipeline.distillation.teachers import (
     build_teacher,
     resolve_checkpoint,
     save_tokenizer,
+    write_source,
 )
 from pipeline.settings import CheckpointTeacher, FromScratchTeacher
 
@@ -27,8 +28,7 @@ def run(run: StageRun) -> None:
 def _refer(run: StageRun, teacher: CheckpointTeacher) -> None:
     path = resolve_checkpoint(teacher)
     save_tokenizer(path, run.output)
-    source = TeacherSource(str(path), teacher.load, teacher.device_map, teacher.name or path.name)
-    write_json(run.output / "teacher.json", asdict(source))
+    source = write_source(run.output, path, teacher)
     write_json(run.layout.metrics("teacher"), {"origin": source.origin})
 
 

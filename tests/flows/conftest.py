@@ -31,7 +31,7 @@ class FinishedRun:
 def copy_project(target: Path) -> Path:
     """The code alone, so that a run disturbs nothing of this checkout."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("pipeline", "edge_runtime", "server", "conf"):
+    for name in ("pipeline", "edge_runtime", "server", "conf", "assets"):
         shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
         shutil.copy2(PROJECT / name, target / name)
