@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -300,5 +298,5 @@ def test_processors_that_cannot_be_followed_are_refused(tmp_path: Path, values: 
 
 
 def test_a_missing_processor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="preprocessor_config.json"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         read_processor_need(tmp_path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import tarfile
 from pathlib import Path
 
