@@ -66,9 +66,10 @@ def identify(text: str) -> Language:
     if hangul >= _MIN_HANGUL_RATIO * letters and hangul > kana:
         return Language("ko", (hangul + han) / letters)
     # A Han character says about as much as a word: a Chinese text may name much in English.
-    if han + kana and han + kana >= len(_LATIN_WORD.findall(sample)):
+    words = len(_LATIN_WORD.findall(sample)) if han + kana else 0
+    if han + kana and han + kana >= words:
         japanese = kana >= _MIN_KANA_RATIO * (han + kana) or (kana + han < 40 and _JAPANESE_HAN.search(sample))
-        return Language("ja" if japanese else "zh", (han + kana) / letters)
+        return Language("ja" if japanese else "zh", (han + kana) / (han + kana + words))
     return _ask_model(sample)
 
 

@@ -17,6 +17,7 @@ class WebLimits:
     """
 
     unit: Literal["words", "characters"]
+    min_script_ratio: float  # letters of the language's own scripts
     min_words: int  # units that are not punctuation alone
     max_words: int
     word_chars: tuple[float, float] | None  # mean length of such units
@@ -45,6 +46,7 @@ class WebLimits:
 # (Penedo et al. 2024, arXiv 2406.17557, section 3.5), which found that the rule removes 30 % of all tokens.
 ENGLISH = WebLimits(
     unit="words",
+    min_script_ratio=0.7,
     min_words=50,
     max_words=100_000,
     word_chars=(3, 10),
@@ -69,13 +71,14 @@ ENGLISH = WebLimits(
 )
 
 # Chinese words have 1.6 characters on average, so a limit on n words is one on 1.6 n characters. Repetition and stop
-# words: FineWeb-2's configuration for cmn_Hani (Penedo et al. 2025, arXiv 2506.20920). Mean line: EvalWeb
-# (ChineseWebText, Chen et al. 2023, arXiv 2311.01149). Letters: data-juicer's Chinese recipe (alphanumeric_filter,
+# words: FineWeb-2's configuration for cmn_Hani (Penedo et al. 2025, arXiv 2506.20920). Mean line and share of
+# Han: EvalWeb (ChineseWebText, Chen et al. 2023, arXiv 2311.01149). Letters: data-juicer's Chinese recipe (alphanumeric_filter,
 # 0.60). Lines and JavaScript as C4 and CLUECorpus2020 (Xu et al. 2020, arXiv 2003.01355). Own: three sentences, since a
 # Chinese one holds about two English ones; the phrases of policies and of registration.
 CHINESE = replace(
     ENGLISH,
     unit="characters",
+    min_script_ratio=0.3,
     min_words=80,
     max_words=160_000,
     word_chars=None,
