@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_a_shard_gives_back_its_header_and_its_sequences() -> None:
     header, offsets = unseal_shard(content)
     assert replace(header, digest=HEADER.digest, file_bytes=0) == HEADER and header.file_bytes == len(content)
     assert parse_header(content) == header
-    found = [content[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    found = [content[start:end] for start, end in pairwise(offsets)]
     assert found == RECORDS
 
 
