@@ -23,8 +23,11 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: int | None) -> Iterator[Report]:
-    """Show the progress of ``total`` units of work (None: unknown) with the time left."""
+def progress(label: str | None, total: int | None) -> Iterator[Report]:
+    """Show the progress of ``total`` units of work (None: unknown) with the time left; no label: show nothing."""
+    if label is None:
+        yield lambda done, text="": None
+        return
     if CONSOLE.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=CONSOLE) as bar:

@@ -65,7 +65,7 @@ class Batch:
     Attributes:
         rows: (B,) int64, their numbers; empty for text that the student made up.
         tokens: (B, T) int64.
-        counts: (B, T) bool, as in ``Sequences``.
+        counts: (B, T) bool, as in ``Sequences``; on the CPU, where to pick positions costs no waiting.
         step: Training step, for whatever is drawn at random.
         signal: What ``prepare`` of the training loop brought along, such as decoded targets.
     """
@@ -102,8 +102,13 @@ def split_rows(rows: NDArray[np.int64], micro_sequences: int | None) -> list[NDA
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
+    """Tokens and signal of a batch on ``device``."""
+    return replace(batch, tokens=to_device(batch.tokens, device), signal=to_device(batch.signal, device))
+
+
 def to_device(value: T, device: torch.device) -> T:
-    """A batch, a signal or a tensor on ``device``, copied from pinned memory where that is a GPU."""
+    """A tensor, or every tensor of a dataclass, on ``device``; from pinned memory where that is a GPU."""
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value

@@ -1,15 +1,25 @@
-"""What training minimises: functions of a model and a batch, injected into the one loop."""
+"""What training minimises: functions of a model and a batch, injected into the one loop.
+
+An objective returns a sum and the weight of what it summed. It sees the model itself, so it may
+take hidden states and the output matrix instead of logits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
-from pipeline.distillation.batches import Batch, LossSum
+from edge_runtime.formats.errors import UserError
+from pipeline.distillation.batches import Batch, LossSum, to_device
+from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.head_losses import DEFAULT_CHUNK_TOKENS, Labels, head_loss
+from pipeline.distillation.teacher_signals import DenseSignal, SignalSource, SparseSignal
 
 Objective = Callable[[Any, Batch], LossSum]
 """(model, batch) -> loss summed over counted positions, and their number."""
@@ -18,12 +28,55 @@ LogitsLoss = Callable[[torch.Tensor, NDArray[Any], torch.Tensor], torch.Tensor]
 """(logits (B, T, V), sequence numbers (B,), tokens (B, T)) -> scalar, a mean."""
 
 
-def next_token_objective(model: Any, batch: Batch) -> LossSum:
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """A loss against the teacher's signal; see ``head_loss`` for each number and its range."""
+
+    kind: LossKind
+    temperature: float = 1.0
+    beta: float = 0.5
+    skew: float = 0.1
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+
+
+def text_objective(chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Objective:
     """Cross entropy of each counted position against the token after it; the last position has none."""
+
+    def objective(model: Any, batch: Batch) -> LossSum:
+        hidden, head = hidden_and_head(model, batch.tokens)
+        labels = Labels(batch.tokens[:, 1:].flatten())
+        counts = batch.counts[:, :-1].flatten()
+        return head_loss(hidden[:, :-1].flatten(0, 1), head, labels, LossKind.CROSS_ENTROPY, counts, chunk_tokens)
+
+    return objective
+
+
+def signal_objective(source: SignalSource, loss: LossSettings) -> Objective:
+    """A loss against the teacher's distribution at each counted position."""
+
+    def objective(model: Any, batch: Batch) -> LossSum:
+        signal = to_device(source.signal(batch), batch.tokens.device)
+        flat: DenseSignal | SparseSignal
+        if isinstance(signal, DenseSignal):
+            flat = DenseSignal(signal.hidden.flatten(0, 1), signal.head)
+        else:
+            flat = SparseSignal(signal.ids.flatten(0, 1), signal.weights.flatten(0, 1))
+        hidden, head = hidden_and_head(model, batch.tokens)
+        return head_loss(
+            hidden.flatten(0, 1), head, flat, loss.kind, batch.counts.flatten(), loss.chunk_tokens,
+            temperature=loss.temperature, beta=loss.beta, skew=loss.skew,
+        )  # fmt: skip
+
+    return objective
+
+
+def next_token_objective(model: Any, batch: Batch) -> LossSum:
+    """As ``text_objective`` from whole logits: for models whose logits are not hidden states times one matrix."""
     logits = model(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counts = batch.counts[:, :-1]
-    targets = batch.tokens[:, 1:].masked_fill(~counts, -100)
-    total = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    targets = batch.tokens[:, 1:].masked_fill(~counts.to(batch.tokens.device), -100)
+    total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return LossSum(total, counts.sum())
 
 
@@ -37,3 +90,18 @@ def logits_objective(loss: LogitsLoss) -> Objective:
         return LossSum(value * sequences, torch.tensor(float(sequences), device=value.device))
 
     return objective
+
+
+def hidden_and_head(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last normalised hidden states (B, T, H) and the output matrix (V, H) of a transformers or PEFT model.
+
+    Raises:
+        UserError: The output is not one plain matrix, for example because an adapter sits on it.
+    """
+    output: Any = model.get_output_embeddings()
+    if type(output) is not nn.Linear or getattr(output, "bias", None) is not None:
+        raise UserError(
+            "the student's output", type(output).__name__, "one matrix without bias or adapter",
+            "leave lm_head out of the adapter's targets",
+        )  # fmt: skip
+    return model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state, output.weight
