@@ -82,6 +82,7 @@ def test_descriptors_are_closed(root: Path) -> None:
 def test_rows_of_json_lines(tmp_path: Path) -> None:
     lines: list[Any] = [
         {"image": "a.jpg", "text": "A"}, {"audio": "b.wav", "text": "B", "key": 7},
+        
         {"image": "a", "audio": "b", "text": ""}, {"image": "a.jpg"},
         {"image": 3, "text": "C"}, {"image": "a.jpg", "text": None}, [], 5, None,
         {"image": "d.jpg", "text": "D", "key": []}, {"image": "e.jpg", "audio": None, "text": "E", "key": "k"},
