@@ -81,7 +81,8 @@ def render_conversation(chat: ChatFormat, messages: Sequence[Message], source: s
         source: Named in errors.
 
     Raises:
-        UserError: The template is not valid, refuses the messages, or changes contents beyond trimming them.
+        UserError: The template is not valid, refuses the messages, or writes contents cut or otherwise changed, so
+            that it cannot be told where they are.
     """
     marked = [
         {"role": role, "content": _mark(content, number, chat.special)}
@@ -135,19 +136,45 @@ def _render_checked(chat: ChatFormat, marked: Sequence[Mapping[str, str]], gener
 
 
 def _conversation(chat: ChatFormat, whole: _Rendered, marked: Sequence[Mapping[str, str]], source: str) -> RenderedChat:
+    text = whole.text
     answers = [number for number, message in enumerate(marked) if message["role"] == "assistant"]
-    if whole.generated:
-        spans = whole.generated
-    else:
-        spans = [(_answer_start(chat, whole, marked, number, source), whole.ends[number]) for number in answers]
+    tail = text[whole.ends[answers[-1]] :]
+    closing = tail[: max((match.end() for match in _TOKEN.finditer(tail)), default=0)]
     bos = chat.special.get(chat.bos_token)
-    learned = tuple((start, _behind_token(whole.text, end, bos)) for start, end in spans)
-    closing = f"{TOKEN_OPEN}{chat.special.get(chat.eos_token)}{TOKEN_CLOSE}"
-    closed = closing in whole.text[whole.ends[answers[-1]] :]
-    ended = learned[-1][1] > whole.ends[answers[-1]] and whole.text.endswith(TOKEN_CLOSE, 0, learned[-1][1])
-    if closed and not ended:  # text of the template between the answer and its end
-        learned = (*learned[:-1], (learned[-1][0], whole.text.rindex(closing) + len(closing)))
-    return RenderedChat(whole.text, learned, closed, not closed and not ended)
+    ends = {}
+    for number in answers:
+        end, following = whole.ends[number], whole.starts.get(number + 1, whole.ends.get(number + 1, len(text)))
+        ends[number] = end + _closing_chars(text[end:following], closing, bos)
+    if whole.generated:
+        learned = [(start, _generated_end(whole, start, end, ends)) for start, end in whole.generated]
+    else:
+        learned = [(_answer_start(chat, whole, marked, number, source), ends[number]) for number in answers]
+    closed = f"{TOKEN_OPEN}{chat.special.get(chat.eos_token)}{TOKEN_CLOSE}" in tail
+    return RenderedChat(text, tuple(learned), closed, learns_end=not closing)
+
+
+def _closing_chars(gap: str, closing: str, bos: int | None) -> int:
+    """How much of the text between an answer and the next turn ends the answer, up to a special token.
+
+    Args:
+        gap: That text.
+        closing: What ends the last answer, where nothing can follow that belongs to another turn.
+        bos: Begins things and never ends one.
+    """
+    common = next((n for n, (one, other) in enumerate(zip(gap, closing, strict=False)) if one != other), None)
+    shared = gap[: min(len(gap), len(closing)) if common is None else common]
+    if chars := max((match.end() for match in _TOKEN.finditer(shared)), default=0):
+        return chars
+    match = _TOKEN.match(gap, len(gap) - len(gap.lstrip()))
+    return 0 if match is None or int(match[1]) == bos else match.end()
+
+
+def _generated_end(whole: _Rendered, start: int, end: int, ends: Mapping[int, int]) -> int:
+    """The end of a generation block; one that leaves out the end-of-turn token would teach not to stop."""
+    for number, behind in ends.items():
+        if start <= whole.ends[number] <= end and not _TOKEN.search(whole.text[whole.ends[number] : end]):
+            return max(end, behind)
+    return end
 
 
 def _answer_start(
@@ -160,10 +187,9 @@ def _answer_start(
     if whole.raw.startswith(prompt) and whole.ends[number - 1] <= length <= content:
         return length
     if number not in whole.starts:
-        raise UserError(
-            f"chat template at {source}", "an answer whose beginning it cuts off", "one that shows all of it"
-        )
-    return content
+        raise UserError(f"chat template at {source}", "an answer without its beginning", "a template that shows it")
+    lead = marked[number]["content"].partition(_START)[0]
+    return content - len(lead) if whole.text.endswith(lead, 0, content) else content
 
 
 def _exchange(
@@ -176,12 +202,6 @@ def _exchange(
     gap = "" if prompt.text[-1:].isspace() else " "
     whole = _locate(prompt.raw + gap + answer["content"].strip(), chat.special)
     return RenderedChat(whole.text, ((len(prompt.text), len(whole.text)),), closed=False, learns_end=True)
-
-
-def _behind_token(text: str, end: int, bos: int | None) -> int:
-    """The end of the special token that follows ``end`` with white space between at most; ``end`` if there is none."""
-    match = _TOKEN.match(text, len(text) - len(text[end:].lstrip()))
-    return end if match is None or int(match[1]) == bos else match.end()
 
 
 def _locate(raw: str, special: Mapping[str, int]) -> _Rendered:

@@ -96,12 +96,11 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(item, dict):
         raise UserError(place, type(item).__name__, "messages with role and content, or from and value")
     role, content = (item.get("role"), item.get("content")) if "role" in item else (item.get("from"), item.get("value"))
-    if role in _TOOL_ROLES or any(item.get(field) for field in _TOOL_FIELDS):
-        raise UserError(
-            place, f"a tool message (role {role})", "text of system, user and assistant", "tools are not supported"
-        )
+    shown = str(role)[:_SHOWN_CHARS]
+    if shown in _TOOL_ROLES or any(item.get(field) for field in _TOOL_FIELDS):
+        raise UserError(place, f"a tool message, role {shown}", "system, user and assistant: tools are not supported")
     if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(place, f"role {str(role)[:_SHOWN_CHARS]}", f"a role of {' '.join(_ROLES)}")
+        raise UserError(place, f"role {shown}", f"a role of {' '.join(_ROLES)}")
     return _ROLES[role], _text(content, place)
 
 
@@ -121,9 +120,7 @@ def _text(content: Any, place: str) -> str:
 
 def _refuse_tools(row: Mapping[str, Any], source: str) -> None:
     if tools := row.get("tools"):
-        raise UserError(
-            f"{source} tools", str(tools)[:_SHOWN_CHARS], "no tools", "conversations with tools are not read"
-        )
+        raise UserError(f"{source} tools", str(tools)[:_SHOWN_CHARS], "no tools: they are not supported")
 
 
 def _system(row: Mapping[str, Any], place: str) -> list[Message]:

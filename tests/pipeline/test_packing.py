@@ -1,9 +1,12 @@
-"""The tokenizer trained here, and texts laid end to end."""
+"""The tokenizer trained here; texts laid end to end, conversations kept whole."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,26 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from edge_runtime.formats.errors import UserError
-from pipeline.data.packing import BOS, EOS, pack_sequences, read_texts, shuffle_texts, train_tokenizer
+from pipeline.data.packing import (
+    BOS,
+    EOS,
+    Packed,
+    pack_rows,
+    pack_sequences,
+    read_rows,
+    read_texts,
+    row_text,
+    shuffle_texts,
+    shuffled_rows,
+    train_tokenizer,
+)
 from tests.pipeline.conftest import TEXTS, VOCABULARY
 
 EOS_ID = 1
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
 
 
 @given(st.text(st.characters(codec="utf-8")))
@@ -83,3 +102,162 @@ def test_texts_are_read_in_their_order(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     assert list(read_texts(path)) == TEXTS
+
+
+@given(st.lists(st.text("ab c\n", max_size=30), min_size=1, max_size=40), st.integers(2, 12), st.integers(1, 9))
+def test_rows_of_text_are_packed_as_texts_are(tokenizer: Tokenizer, texts: list[str], length: int, most: int) -> None:
+    rows = [{"document": "d", "kind": "plain", "text": text} for text in texts]
+    try:
+        expected = pack_sequences(tokenizer, texts, EOS_ID, length, most)
+    except UserError:
+        with pytest.raises(UserError, match=rf"^data: got '\d+ tokens', allowed: rows that fill .* {length} tokens"):
+            _pack(tokenizer, rows, length, most)
+        return
+    packed = _pack(tokenizer, rows, length, most)
+    assert packed.tokens.dtype == np.int32 and packed.tokens.tolist() == expected.tolist()
+    assert packed.counts.dtype == np.bool_ and packed.counts.shape == packed.tokens.shape and packed.counts.all()
+
+
+def test_a_token_in_a_text_is_text(tokenizer: Tokenizer) -> None:
+    packed = _pack(tokenizer, [{"text": "one </s> two <s>" * 9}], 8, None)
+    assert not np.isin(packed.tokens, (0, 1)).any()
+
+
+def test_conversations_stay_whole_and_only_answers_count(tokenizer: Tokenizer) -> None:
+    rows = [_chat(n, turns=1 + n % 3) for n in range(40)]
+    packed = _pack(tokenizer, rows, 256, None)
+    assert packed.cut == packed.dropped == 0
+    said: list[str] = []
+    for tokens, counts in zip(packed.tokens, packed.counts, strict=True):
+        assert not counts[-1]
+        said += tokenizer.decode(tokens[1:][counts[:-1]], skip_special_tokens=False).split("</s>")[:-1]
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        assert text.count("<s>user") == text.count("<s>assistant") and text.startswith("<s>user")
+        assert set(text[text.rindex("</s>\n") :].replace("</s>", "")) <= {"\n"}, "only end tokens fill the rest"
+    wanted = [message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"]
+    assert sorted(said) == sorted(wanted)
+    lengths = [len(tokenizer.encode(_rendered(row)).ids) for row in rows]
+    assert len(packed.tokens) <= -(-sum(lengths) // 256) * 1.1, "best fit leaves little room empty"
+
+
+def test_texts_and_conversations_do_not_share_sequences(tokenizer: Tokenizer) -> None:
+    rows = [row for n in range(30) for row in (_chat(n, turns=1), {"text": f"plain {n} " * 20})]
+    packed = _pack(tokenizer, rows, 96, None)
+    texts = [row["text"] for row in rows if "text" in row]
+    plain = packed.counts.all(axis=1)
+    assert packed.tokens[plain].tolist() == pack_sequences(tokenizer, texts, EOS_ID, 96).tolist()
+    assert all("plain" not in tokenizer.decode(row, skip_special_tokens=False) for row in packed.tokens[~plain])
+    again = _pack(tokenizer, iter(rows), 96, None)
+    assert np.array_equal(packed.tokens, again.tokens) and np.array_equal(packed.counts, again.counts)
+
+
+def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer: Tokenizer) -> None:
+    rows = [_chat(1, turns=12), {"messages": _messages("q", "long " * 200)}, _chat(2, turns=1)]
+    packed = _pack(tokenizer, rows, 64, None)
+    assert (packed.cut, packed.dropped) == (1, 1)
+    text = tokenizer.decode(packed.tokens.ravel(), skip_special_tokens=False)
+    assert "answer 1.0" in text and "answer 1.11" not in text and "answer 2.0" in text and "long" not in text
+
+
+def test_nothing_is_read_beyond_the_sequences_wanted(tokenizer: Tokenizer) -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        for number in range(10**9):
+            assert number < 5000
+            yield {"text": f"row {number} of very many"}
+
+    assert len(_pack(tokenizer, endless(), 32, 20).tokens) == 20
+
+
+def test_a_conversation_needs_a_template(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"^document d1: got 'a conversation', .* no chat template; give it a chat_"):
+        pack_rows(
+            tokenizer, [_chat(1, 1)], template=None, eos_id=EOS_ID, sequence_tokens=64, max_sequences=None
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_files_hold_what_memory_would(tokenizer: Tokenizer, tmp_path: Path, most: int | None) -> None:
+    rows = [row for n in range(30) for row in (_chat(n, turns=2), {"text": f"plain {n} " * 20})]
+    expected = _pack(tokenizer, rows, 96, most)
+    packed = _pack(tokenizer, rows, 96, most, tmp_path / "new" / "train.npy")
+    assert isinstance(packed.tokens, np.memmap) and isinstance(packed.counts, np.memmap)
+    for array, name in ((expected.tokens, "train.npy"), (expected.counts, "train_counts.npy")):
+        stored = np.load(tmp_path / "new" / name)
+        assert stored.dtype == array.dtype and np.array_equal(stored, array)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"train.npy", "train_counts.npy"}
+
+
+def test_a_failure_leaves_the_files_as_they_were(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    output = tmp_path / "train.npy"
+    _pack(tokenizer, [{"text": "words " * 100}], 16, None, output)
+    before = output.read_bytes()
+
+    def failing() -> Iterator[dict[str, Any]]:
+        yield from ({"text": "more words " * 100} for _ in range(600))
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        _pack(tokenizer, failing(), 16, None, output)
+    with pytest.raises(UserError, match="rows that fill a sequence of 4096"):
+        _pack(tokenizer, [{"text": "few"}], 4096, None, output)
+    assert output.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"train.npy", "train_counts.npy"}
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    peaks = []
+    for count in (1024, 3072):  # whole batches
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{n:04} words of text " * 6}) + "\n" for n in range(count)))
+        tracemalloc.start()
+        _pack(tokenizer, shuffled_rows(path, 7), 256, None, tmp_path / f"{count}.npy")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    grown = (tmp_path / "3072.npy").stat().st_size - (tmp_path / "1024.npy").stat().st_size
+    assert peaks[1] - peaks[0] < 2048 * 48 < 0.3 * grown, "16 bytes a row, and slack"
+
+
+def test_rows_are_shuffled_where_they_lie(tmp_path: Path) -> None:
+    rows = [{"document": str(n), "text": "é\n" * (n % 7)} for n in range(50)] + [_chat(3, 2)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert list(read_rows(path)) == rows
+    shuffled = list(shuffled_rows(path, 7))
+    order = shuffle_texts([str(n) for n in range(51)], 7)
+    assert shuffled == [rows[int(n)] for n in order]
+    assert list(shuffled_rows(path, 8)) != shuffled
+    assert row_text(rows[-1]) == "question 3.0\n" + "answer 3.0 " * 4 + "\nquestion 3.1\n" + "answer 3.1 " * 4
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"text": 5}', '{"document": "d"}', '{"messages": [{"role": "user"}]}', ""]
+)
+def test_a_row_that_is_not_a_cleaned_one_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^train\.jsonl line 2: .*run stage=clean again"):
+        list(read_rows(path))
+
+
+def _pack(tokenizer: Tokenizer, rows: Any, length: int, most: int | None, output: Path | None = None) -> Packed:
+    return pack_rows(
+        tokenizer, rows, template=CHATML, eos_id=EOS_ID, sequence_tokens=length, max_sequences=most, bos_id=0,
+        output=output,
+    )  # fmt: skip
+
+
+def _chat(number: int, turns: int) -> dict[str, Any]:
+    messages = [
+        message
+        for turn in range(turns)
+        for message in _messages(f"question {number}.{turn}", f"answer {number}.{turn} " * (1 + number % 4))
+    ]
+    return {"document": f"d{number}", "kind": "messages", "messages": messages}
+
+
+def _messages(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _rendered(row: dict[str, Any]) -> str:
+    return "".join(f"<s>{message['role']}\n{message['content']}</s>\n" for message in row["messages"])

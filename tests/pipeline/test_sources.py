@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from edge_runtime.formats.errors import UserError
+from pipeline.data import sources
 from pipeline.data.sources import Document, document_files, file_documents, python_documents
 
 
@@ -87,7 +91,7 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path: Path) -> None:
     assert max(len(document.text) for document in documents) < 5000
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -97,7 +101,7 @@ def test_text_without_blank_lines_is_cut_all_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_rows_are_read_from_both_formats(
-    tmp_path: Path, suffix: str, rows: list[dict[str, str]], expected: list[tuple[str, str | None]]
+    tmp_path: Path, suffix: str, rows: list[dict[str, Any]], expected: list[tuple[str, str | None]]
 ) -> None:
     path = _write_rows(tmp_path / f"data{suffix}", rows)
     assert [(document.text, document.question) for document in file_documents(path)] == expected
@@ -139,7 +143,7 @@ def test_a_row_without_the_fields_is_named(tmp_path: Path, row: object) -> None:
 def test_what_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.docx").write_bytes(b"PK")
     for path in (tmp_path / "nothing", tmp_path / "notes.docx", tmp_path):
-        with pytest.raises(UserError, match=r"^data\.path: got .* allowed: (an existing|\.txt, \.jsonl, .* or \.parquet)"):
+        with pytest.raises(UserError, match=r"^data\.path: got .* allowed: (an existing|\.txt, .* or \.parquet)"):
             list(file_documents(path))
 
 
@@ -155,9 +159,103 @@ def test_bytes_that_are_not_utf8_become_replacement_characters(tmp_path: Path) -
     assert [document.text for document in file_documents(tmp_path)] == ["caf\ufffd"]
 
 
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+CONVERSATION = (("user", "q"), ("assistant", "a"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "text": "ignored"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
+    ],
+)
+def test_instruction_rows_are_read_from_all_formats(tmp_path: Path, suffix: str, row: dict[str, object]) -> None:
+    path = _write_rows(tmp_path / f"data{suffix}", [row, row])
+    assert list(file_documents(path)) == [
+        Document(f"data{suffix}:{n}", "", messages=CONVERSATION) for n in (1, 2)
+    ]  # fmt: skip
+
+
+def test_json_lists_are_read_item_by_item_across_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": 'ü[],{}\\"' * (n % 23)} for n in range(200)]
+    for indent in (None, 2):
+        path = tmp_path / f"{indent}.json"
+        path.write_text("\ufeff \n" + json.dumps(rows, indent=indent) + "\n ", encoding="utf-8")
+        for chars in (1 << 20, 7, 1):
+            monkeypatch.setattr(sources, "_READ_CHARS", chars)
+            if chars > 1:  # the first read must reach the bracket
+                assert [document.text for document in file_documents(path)] == [row["text"] for row in rows]
+
+
+def test_json_lines_under_the_name_json_are_read_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
+    assert [document.text for document in file_documents(path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"} {"text": "b"}]', 'data.json row 2: got \' {"text"'),
+        ('[{"text": "a"},', "data.json row 2: got ','"),
+        ('[{"text": "a"},]', "data.json row 2"),
+        ('[,{"text": "a"}]', "data.json row 1"),
+        ('[{"text": "a"}, {"text": "b', "data.json row 2"),
+        ('[{"text": "a"}] x', "data.json: got 'x', allowed: nothing after the list"),
+        ('[12, {"text": "a"}]', "data.json:1: got 'int'"),
+        ('"text"', "data.json: got '\"text\"', allowed: a list of rows, or one JSON object a line"),
+        ("[" * 100_000, "data.json row 1"),
+        ('{"data": []}', "data.json:1: got ['data']"),
+    ],
+)
+def test_a_json_file_that_is_no_list_of_rows_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "data.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        list(file_documents(tmp_path))
+    assert str(error.value).startswith(message) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("cut", [5, 40])
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, cut: int) -> None:
+    path = _write_rows(tmp_path / "data.jsonl.gz", [{"text": str(n) * 50} for n in range(500)])
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"^data\.path: got .*data\.jsonl\.gz.* a whole gzip file"):
+        list(file_documents(path))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json"])
+def test_a_row_without_end_does_not_fill_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_ROW_CHARS", 1 << 16)
+    monkeypatch.setattr(sources, "_READ_CHARS", 1 << 12)
+    content = ('["' if name == "data.json" else "") + "x" * (1 << 24)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"^data\.json\S* (line|row) 1: got 'more than 65536 characters'"):
+        list(file_documents(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_large_list_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_READ_CHARS", 1 << 16)
+    path = _write_rows(tmp_path / "data.json", [{"text": "x" * 1000} for _ in range(6000)])
+    tracemalloc.start()
+    assert sum(len(document.text) for document in file_documents(path)) == 6_000_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20 < path.stat().st_size
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else lines, encoding="utf-8")
     return path
