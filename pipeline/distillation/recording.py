@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.distillation.signals import draw
+from pipeline.distillation.teacher_signals import checked_head, draw, head_logits, last_hidden
 
 SHARD_SEQUENCES = 64
 _BATCH_SEQUENCES = 8
+_CHUNK_POSITIONS = 1024  # whose logits exist at once
 
 
 def record_draws(
@@ -43,17 +44,18 @@ def record_draws(
         files["log_p"] = _open(directory / f"{side}_log_p.npy", shape, np.float32, marker)
         files["top1"] = _open(directory / f"{side}_top1.npy", sequences.shape, np.int32, marker)
     done = int(marker.read_text()) if marker.exists() else 0
+    if done < len(sequences):
+        head = checked_head(teacher)
+        head = head.to(torch.bfloat16) if bf16 else head
     while done < len(sequences):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
         end = min(done + SHARD_SEQUENCES, len(sequences))
         for start in range(done, end, _BATCH_SEQUENCES):
             stop = min(start + _BATCH_SEQUENCES, end)
-            logits = teacher_logits(teacher, sequences[start:stop], bf16)
-            ids = draw(logits, draws, generator)
-            files["draws"][start:stop] = ids.numpy()
-            if log_p:
-                files["log_p"][start:stop] = torch.log_softmax(logits, dim=-1).gather(-1, ids).numpy()
-                files["top1"][start:stop] = logits.argmax(dim=-1).numpy()
+            tokens = torch.from_numpy(sequences[start:stop].astype(np.int64))
+            said = _say(last_hidden(teacher, tokens, bf16), head, draws, generator)
+            for name, file in files.items():
+                file[start:stop] = said[name].cpu().numpy()
         for file in files.values():
             file.flush()
         done = end
@@ -76,6 +78,18 @@ def model_logits(model: Any, sequences: NDArray[np.int32]) -> Iterator[NDArray[n
     """(T, V) float32 logits, one sequence after another."""
     for row in sequences:
         yield teacher_logits(model, row[None], bf16=False)[0].numpy()
+
+
+def _say(hidden: torch.Tensor, head: torch.Tensor, draws: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Draws (B, T, D), their log-probabilities, and the most likely tokens (B, T), for hidden states (B, T, H)."""
+    parts: dict[str, list[torch.Tensor]] = {"draws": [], "log_p": [], "top1": []}
+    for chunk in hidden.flatten(0, 1).split(_CHUNK_POSITIONS):
+        logits = head_logits(chunk, head)
+        ids = draw(logits, draws, generator)
+        parts["draws"].append(ids)
+        parts["log_p"].append(logits.gather(-1, ids) - logits.logsumexp(dim=-1, keepdim=True))
+        parts["top1"].append(logits.argmax(dim=-1))
+    return {name: torch.cat(values).unflatten(0, hidden.shape[:2]) for name, values in parts.items()}
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any, marker: Path) -> Any:

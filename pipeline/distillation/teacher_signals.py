@@ -169,8 +169,8 @@ def checked_head(teacher: Any) -> torch.Tensor:
     name = type(teacher).__name__
     output = teacher.get_output_embeddings() if hasattr(teacher, "get_output_embeddings") else None
     weight = getattr(output, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.ndim != 2:
-        raise UserError("teacher", name, "a causal language model with an output matrix in floating point")
+    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.ndim != 2:
+        raise UserError("teacher", name, "a causal language model with its output matrix in memory, as floats")
     changes = [
         key for key, plain in _CHANGING_LOGITS.items() if getattr(teacher.config, key, plain) not in (plain, None)
     ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.distillation import recording
 from pipeline.distillation.recording import record_draws, teacher_logits
+from pipeline.distillation.teacher_signals import last_hidden
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 FILES = ["held_out_draws.npy", "held_out_log_p.npy", "held_out_top1.npy"]
@@ -100,10 +101,10 @@ def test_a_run_that_dies_within_a_shard_ends_with_the_same_bytes(
         calls += 1
         if calls == 12:  # the fourth batch of the second shard
             raise KeyboardInterrupt
-        return teacher_logits(*arguments)
+        return last_hidden(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "teacher_logits", dying)
+        patch.setattr(recording, "last_hidden", dying)
         with pytest.raises(KeyboardInterrupt):
             list(_record(teacher, sequences, tmp_path))
     assert list(_record(teacher, sequences, tmp_path)) == [128, 150]

@@ -19,6 +19,7 @@ from pipeline.distillation import stored_targets
 from pipeline.distillation.batches import Batch
 from pipeline.distillation.stored_targets import StoredTargets, bound_bytes, record_targets, shard_path
 from pipeline.distillation.target_codec import TargetKind
+from pipeline.distillation.teachers import TeacherSource, load_checkpoint
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 SEQUENCES, TOKENS, DRAWS, SHARD = 27, 6, 5, 8
@@ -262,6 +263,24 @@ def test_a_shard_damaged_after_it_was_opened_is_one_line(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"000000\.targets"):
         targets.read(np.arange(SHARD))
+
+
+@pytest.mark.parametrize("load", ["bf16", "int8", "int4"])
+def test_teachers_of_fewer_bits_are_recorded(
+    make_model: MakeModel, sequences: NDArray[np.int32], tmp_path: Path, load: str
+) -> None:
+    """Draws of the loaded teacher itself: their mean log-probability is minus its entropy, within 4 standard errors."""
+    make_model("llama", intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    teacher = load_checkpoint(TeacherSource(str(tmp_path / "model"), load, None, "here"))
+    list(_record(teacher, sequences, tmp_path / "targets", draws=32, bf16=True))
+    signal = StoredTargets.open(tmp_path / "targets").read(np.arange(SEQUENCES))
+    with torch.no_grad():
+        tokens = torch.from_numpy(sequences.astype(np.int64))
+        log_p = teacher(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    variance = (log_p.exp() * log_p.square()).sum(-1) - entropy.square()
+    found = -(log_p.gather(-1, signal.ids) * signal.weights).sum(-1)
+    assert abs(float((found - entropy).sum())) < 4 * float(variance.sum().div(32).sqrt())
 
 
 def test_mapped_sequences_are_read_shard_by_shard(

@@ -126,7 +126,7 @@ def test_teachers_that_are_not_causal_language_models_are_refused() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=40, initializer_range=0.2, **sizes)
     torch.manual_seed(0)
-    with pytest.raises(UserError, match="causal language model with an output matrix"):
+    with pytest.raises(UserError, match="causal language model with its output matrix"):
         checked_head(BertModel(config).eval())
     masked = BertForMaskedLM(config).eval()
     masked.get_output_embeddings().bias = None
