@@ -47,7 +47,31 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
                 usable.append(f"family=[{family[0]}]")
             elif first.submodel.name not in family:
                 raise ConfigError(f"submodel: got {first.submodel.name!r}, allowed in this family: {', '.join(family)}")
-        return {name: _member(usable, name) for name in family}
+        members = {name: _member(usable, name) for name in family}
+    return {name: members[name] for name in _chain_order(members)}
+
+
+def _chain_order(members: dict[str, Config]) -> list[str]:
+    """Names of a family, each after the submodels that it is cut from or learns from."""
+    left, ordered = dict(members), list[str]()
+    while left:
+        ready = [name for name, config in left.items() if not _needed(config) - {*ordered}]
+        if not ready:
+            raise ConfigError(_broken_chain(left, members))
+        ordered.append(ready[0])
+        del left[ready[0]]
+    return ordered
+
+
+def _needed(config: Config) -> set[str]:
+    return {config.submodel.cut_from, config.submodel.learns_from} - {"teacher"}
+
+
+def _broken_chain(left: dict[str, Config], members: dict[str, Config]) -> str:
+    for name, config in left.items():
+        for needed in sorted(_needed(config) - {*members}):
+            return f"submodel {name}: got {needed!r} to be cut or learn from, allowed: teacher, {', '.join(members)}"
+    return f"family: {', '.join(left)} are cut from each other in a circle; one must be cut from the teacher"
 
 
 def config_digest(configs: dict[str, Config]) -> str:

@@ -60,7 +60,18 @@ class Stage:
 
 _TRAINING = tuple(
     f"distill.{key}"
-    for key in ("sequence_tokens", "weight_decay", "warmup_ratio", "precision", "checkpoint_every_steps")
+    for key in (
+        "sequence_tokens",
+        "weight_decay",
+        "warmup_ratio",
+        "precision",
+        "checkpoint_every_steps",
+        "chunk_tokens",
+        "micro_sequences",
+        "compile",
+        "recompute",
+        "sharding",
+    )
 )
 _SIGNAL = tuple(
     f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision")
@@ -273,7 +284,15 @@ def _input_digests(stage: Stage, config: Config, layout: Layout) -> list[str]:
     for needed in (STAGES[name] for name in stage.inputs):
         names = config.family if needed.per_submodel and not stage.per_submodel else [config.submodel.name]
         digests += [content_digest(layout, needed.output(layout, name)) for name in names]
-    return digests
+    return [*digests, *(content_digest(layout, path) for path in _larger_students(stage, config, layout))]
+
+
+def _larger_students(stage: Stage, config: Config, layout: Layout) -> list[Path]:
+    """Students that this one is cut from or learns from, as far as they are there."""
+    if stage.name != "distill":
+        return []
+    names = sorted({config.submodel.cut_from, config.submodel.learns_from} - {"teacher"})
+    return [path for path in map(layout.student, names) if path.is_dir()]
 
 
 def _external(stage: Stage, config: Config) -> list[str]:

@@ -101,6 +101,15 @@ class SubmodelConfig(_Strict):
     intermediate_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
     num_kv_heads: Count | None = None
     num_layers: Count | None = None
+    cut_from: Name = "teacher"
+    learns_from: Name = "teacher"
+    checkpoint: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SubmodelConfig:
+        if self.checkpoint is not None and self.cut_from != "teacher":
+            raise ValueError("checkpoint and cut_from both say what it starts from; give one of them")
+        return self
 
 
 class DistillConfig(_Strict):
@@ -118,11 +127,27 @@ class DistillConfig(_Strict):
     precision: Literal["auto", "bf16", "fp32"]
     checkpoint_every_steps: Count
     from_scratch_baseline: bool
+    signal: Literal["stored", "online"]
+    loss: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd"]
+    temperature: Annotated[float, Field(gt=0, le=100)]
+    beta: Annotated[float, Field(ge=0, le=1)]
+    skew: Annotated[float, Field(ge=0, lt=1)]
+    chunk_tokens: Annotated[int, Field(ge=1, le=65_536)]
+    micro_sequences: Count
+    compile: bool
+    recompute: bool
+    sharding: Literal["none", "fsdp"]
+    on_policy_steps: Annotated[int, Field(ge=0)]
+    on_policy_ratio: Annotated[float, Field(gt=0, le=1)]
+    on_policy_prompt_tokens: Count
+    on_policy_tokens: Count
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         if self.target_tokens < self.sequence_tokens * self.batch_sequences:
             raise ValueError("target_tokens must hold one batch (sequence_tokens x batch_sequences)")
+        if self.signal == "stored" and (self.loss, self.temperature) != ("forward_kl", 1.0):
+            raise ValueError("stored draws teach forward_kl at temperature 1; with another loss choose signal=online")
         return self
 
 

@@ -84,7 +84,7 @@ def read_source(folder: Path) -> TeacherSource:
 
 
 def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
-    """Load a checkpoint for inference: fp32, bf16, or 8 and 4 bits through bitsandbytes.
+    """Load a checkpoint for inference: fp32, bf16, or 8 and 4 bits through bitsandbytes; on the GPU if there is one.
 
     Args:
         source: Where it is and how to load it.
@@ -107,6 +107,8 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
     options["dtype"] = torch.float32 if load == "fp32" else torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
+        if "device_map" not in options and torch.cuda.is_available():
+            model.to("cuda")
         if "quantization_config" in options:  # kernels that are missing, or refuse a size, show only when they run
             with torch.no_grad():
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)

@@ -1,7 +1,7 @@
 """targets: run the teacher once; store what every student needs of it.
 
-train.npy, held_out.npy: token sequences (S, T). train_draws.npy, held_out_draws.npy: teacher draws
-(S, T, D). held_out_log_p.npy: the teacher's log-probability of each held-out draw.
+train.npy, held_out.npy: token sequences (S, T); train_counts.npy: which of their positions are learned. train/: the
+teacher's draws, in shards. held_out_draws.npy, held_out_log_p.npy, held_out_top1.npy: what quality is measured against.
 importance.safetensors: the pruning scores.
 """
 
@@ -13,77 +13,96 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import StageRun, write_json
-from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts
+from pipeline.artifacts import StageRun, tree_digest, write_json
+from pipeline.data.packing import Packed, pack_rows, shuffled_rows
 from pipeline.progress import progress
 
 HELD_OUT_DRAWS = 64
+_IMPORTANCE_BATCH = 4
 
 
 def run(run: StageRun) -> None:
     """Write the token sequences, the stored teacher signal and the importance scores."""
+    from pipeline.distillation.from_config import uses_bf16
     from pipeline.distillation.recording import record_draws
+    from pipeline.distillation.stored_targets import record_targets
     from pipeline.distillation.teachers import load_checkpoint, read_source
-    from pipeline.distillation.trainer import discard_checkpoint, uses_bf16
+    from pipeline.distillation.trainer import discard_checkpoint
 
     config = run.config
-    teacher = load_checkpoint(read_source(run.layout.teacher))
-    sequences = _pack(run, teacher)
-    _save_importance(run, teacher, sequences["train"])
-    with progress("targets", sum(map(len, sequences.values()))) as report:
-        finished = 0
-        for side, rows in sequences.items():
-            held_out = side == "held_out"
-            for done in record_draws(
-                teacher, rows, run.checkpoint, side, draws=HELD_OUT_DRAWS if held_out else config.distill.draws,
-                seed=config.seed + held_out, log_p=held_out, bf16=uses_bf16(config),
-            ):  # fmt: skip
-                report(finished + done, side)
-            finished += len(rows)
+    source = read_source(run.layout.teacher)
+    teacher = load_checkpoint(source)
+    train, held_out = (_pack(run, teacher, side).tokens for side in ("train", "held_out"))
+    _save_importance(run, teacher, train)
+    run.checkpoint.mkdir(parents=True, exist_ok=True)
+    with progress("targets", len(train) + len(held_out)) as report:
+        for done in record_targets(
+            teacher, train, run.checkpoint / "train", draws=config.distill.draws, seed=config.seed,
+            bf16=uses_bf16(config), teacher_digest=tree_digest(run.layout.teacher),
+        ):  # fmt: skip
+            report(done, "train")
+        for done in record_draws(
+            teacher, held_out, run.checkpoint, "held_out", draws=HELD_OUT_DRAWS, seed=config.seed + 1, log_p=True,
+            bf16=uses_bf16(config),
+        ):  # fmt: skip
+            report(len(train) + done, "held_out")
+    (run.checkpoint / "train").replace(run.output / "train")
     for path in run.checkpoint.glob("*.npy"):
         path.replace(run.output / path.name)
     discard_checkpoint(run.checkpoint)
-    write_json(run.layout.metrics("targets"), _metrics(run, teacher, sequences))
+    write_json(run.layout.metrics("targets"), _metrics(run, teacher, train, held_out))
 
 
-def _pack(run: StageRun, teacher: Any) -> dict[str, NDArray[np.int32]]:
+def _pack(run: StageRun, teacher: Any, side: str) -> Packed:
     from tokenizers import Tokenizer
 
     from pipeline.distillation.teachers import eos_ids
 
-    config, length = run.config, run.config.distill.sequence_tokens
-    tokenizer = Tokenizer.from_file(str(run.layout.teacher / "tokenizer.json"))
+    config, length, template = (
+        run.config,
+        run.config.distill.sequence_tokens,
+        run.layout.teacher / "chat_template.jinja",
+    )
     wanted = {"train": -(-config.distill.target_tokens // length), "held_out": config.runtime.evaluation_sequences}
-    sequences = {}
-    for side, most in wanted.items():
-        texts = shuffle_texts(list(read_texts(run.layout.corpus / f"{side}.jsonl")), config.seed)
-        sequences[side] = pack_sequences(tokenizer, texts, eos_ids(teacher.config)[0], length, most)
-        np.save(run.output / f"{side}.npy", sequences[side])
-    return sequences
+    return pack_rows(
+        Tokenizer.from_file(str(run.layout.teacher / "tokenizer.json")),
+        shuffled_rows(run.layout.corpus / f"{side}.jsonl", config.seed),
+        template=template.read_text(encoding="utf-8") if template.exists() else None,
+        eos_id=eos_ids(teacher.config)[0],
+        bos_id=teacher.config.bos_token_id,
+        sequence_tokens=length,
+        max_sequences=wanted[side],
+        output=run.output / f"{side}.npy",
+    )
 
 
 def _save_importance(run: StageRun, teacher: Any, train: NDArray[np.int32]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.distillation.pruning import measure_importance
+    from pipeline.distillation.importance import measure_importance
 
     count = min(len(train), run.config.distill.importance_sequences)
-    batches = [torch.from_numpy(train[i : min(i + 4, count)].astype(np.int64)) for i in range(0, count, 4)]
+    batches = (
+        torch.from_numpy(train[start : min(start + _IMPORTANCE_BATCH, count)].astype(np.int64))
+        for start in range(0, count, _IMPORTANCE_BATCH)
+    )
     scores = measure_importance(teacher, batches)
     tensors = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    save_file(tensors, run.output / "importance.safetensors")
+    present = {name: value for name, value in tensors.items() if value is not None}
+    save_file(present, run.output / "importance.safetensors")
 
 
-def _metrics(run: StageRun, teacher: Any, sequences: dict[str, NDArray[np.int32]]) -> dict[str, Any]:
+def _metrics(run: StageRun, teacher: Any, train: NDArray[np.int32], held_out: NDArray[np.int32]) -> dict[str, Any]:
     from pipeline.distillation.recording import model_logits
     from pipeline.distillation.scoring import perplexity
 
-    logits = model_logits(teacher, sequences["held_out"])
+    stored = sum(path.stat().st_size for path in (run.output / "train").glob("*.targets"))
     return {
         "params": sum(parameter.numel() for parameter in teacher.parameters()),
-        "perplexity": round(perplexity(logits, sequences["held_out"]), 4),
-        "train_tokens": sequences["train"].size,
-        "held_out_tokens": sequences["held_out"].size,
+        "perplexity": round(perplexity(model_logits(teacher, held_out), held_out), 4),
+        "train_tokens": train.size,
+        "held_out_tokens": held_out.size,
         "draws": run.config.distill.draws,
+        "bytes_a_position": round(stored / train.size, 2),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from pipeline.artifacts import StageRun, write_json
-from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts, train_tokenizer
+from pipeline.data.packing import pack_rows, row_text, shuffled_rows, train_tokenizer
 from pipeline.distillation.teachers import (
     QUESTION_TEMPLATE,
     TeacherSource,
@@ -33,25 +33,28 @@ def _refer(run: StageRun, teacher: CheckpointTeacher) -> None:
 
 
 def _train(run: StageRun, teacher: FromScratchTeacher) -> None:
-    from pipeline.distillation.losses import next_token_loss
-    from pipeline.distillation.trainer import discard_checkpoint, train, train_plan
+    from pipeline.distillation.batches import Sequences
+    from pipeline.distillation.from_config import train_plan, training_device
+    from pipeline.distillation.objectives import text_objective
+    from pipeline.distillation.trainer import discard_checkpoint, train
 
-    config = run.config
-    texts = shuffle_texts(list(read_texts(run.layout.corpus / "train.jsonl")), config.seed)
-    tokenizer = train_tokenizer(texts, teacher.vocab_size)
-    model = build_teacher(teacher, config.seed)
-    sequences = pack_sequences(tokenizer, texts, model.config.eos_token_id, config.distill.sequence_tokens)
+    config, corpus = run.config, run.layout.corpus / "train.jsonl"
+    tokenizer = train_tokenizer(map(row_text, shuffled_rows(corpus, config.seed)), teacher.vocab_size)
+    model = build_teacher(teacher, config.seed).to(training_device())
+    packed = pack_rows(
+        tokenizer, shuffled_rows(corpus, config.seed), template=QUESTION_TEMPLATE, eos_id=model.config.eos_token_id,
+        sequence_tokens=config.distill.sequence_tokens, max_sequences=None,
+    )  # fmt: skip
     plan = train_plan(config, teacher.steps, teacher.batch_sequences, teacher.learning_rate)
-    history = train(
-        model, sequences, lambda logits, _rows, tokens: next_token_loss(logits, tokens), plan, run.checkpoint, "teacher"
-    )
+    sequences = Sequences(packed.tokens, packed.counts)
+    history = train(model, text_objective(config.distill.chunk_tokens), sequences, plan, run.checkpoint, "teacher")
     model.save_pretrained(run.output)
     tokenizer.save(str(run.output / "tokenizer.json"))
     (run.output / "chat_template.jinja").write_text(QUESTION_TEMPLATE, encoding="utf-8")
     write_json(run.output / "teacher.json", asdict(TeacherSource(".", "fp32", None, "trained from scratch")))
     metrics = {
         "origin": "trained from scratch",
-        "corpus_tokens": sequences.size,
+        "corpus_tokens": packed.tokens.size,
         "trained_tokens": teacher.steps * teacher.batch_sequences * config.distill.sequence_tokens,
         "history": history,
     }

@@ -1,0 +1,58 @@
+"""What the configuration says of training, in the words of the libraries: plans, losses, links of the chain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.distillation.chain import Link
+from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.objectives import LossSettings
+from pipeline.distillation.trainer import TrainPlan, computes_bf16
+
+if TYPE_CHECKING:
+    from pipeline.settings import Config, SubmodelConfig
+
+
+def training_device() -> torch.device:
+    """The GPU where there is one; under torchrun the loop moves each process to its own."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def uses_bf16(config: Config) -> bool:
+    """Whether matrices are multiplied in bfloat16 on this machine."""
+    return {"auto": computes_bf16(training_device().type), "bf16": True, "fp32": False}[config.distill.precision]
+
+
+def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: float) -> TrainPlan:
+    """The plan of one training, the rest of it from the configuration."""
+    distill = config.distill
+    return TrainPlan(
+        steps=steps,
+        batch_sequences=batch_sequences,
+        learning_rate=learning_rate,
+        weight_decay=distill.weight_decay,
+        warmup_ratio=distill.warmup_ratio,
+        bf16=uses_bf16(config),
+        seed=config.seed,
+        checkpoint_every_steps=distill.checkpoint_every_steps,
+        micro_sequences=distill.micro_sequences,
+        compile=distill.compile,
+        recompute=distill.recompute,
+        sharding=distill.sharding,
+    )
+
+
+def loss_settings(config: Config) -> LossSettings:
+    """The loss against the teacher; stored draws have one only, the unbiased estimate of the forward KL."""
+    distill = config.distill
+    kind = LossKind.SAMPLED_KL if distill.signal == "stored" else LossKind(distill.loss)
+    return LossSettings(
+        kind, temperature=distill.temperature, beta=distill.beta, skew=distill.skew, chunk_tokens=distill.chunk_tokens
+    )
+
+
+def link(submodel: SubmodelConfig) -> Link:
+    """A submodel's place in the chain."""
+    return Link(submodel.name, submodel.cut_from, submodel.checkpoint, submodel.learns_from)
