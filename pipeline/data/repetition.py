@@ -44,58 +44,56 @@ def repetition(
     units = ids.astype(np.uint64) + np.uint64(1)
     hashes, places = units, np.arange(len(ids))
     for size in range(2, max((*top, *repeated), default=0) + 1):
-        inside = places + size <= len(ids)
-        places = places[inside]
-        hashes = hashes[inside] * _HASH_FACTOR + units[places + size - 1]
-        places, hashes = _repeating(places, hashes)
+        if len(places) and places[-1] + size > len(ids):
+            inside = int(np.searchsorted(places, len(ids) - size, "right"))
+            places, hashes = places[:inside], hashes[:inside]
+        hashes = hashes * _HASH_FACTOR + units[places + (size - 1)]
+        shared, most = _find_repeating(hashes)
+        places, hashes = places[shared], hashes[shared]
         if not len(places):
             return None
+        # The exact counts cost more than what bounds them, and most texts stay far below the limits.
+        gram_chars = ends[places + size] - ends[places]
         if size in top:
-            chars = _top_gram_chars(places, hashes, ends, size, (size - 1) * space_chars)
-            if chars > top[size] * text_chars:
+            allowed, spaces = top[size] * text_chars, (size - 1) * space_chars
+            if most * (int(gram_chars.max()) + spaces) > allowed < _top_gram_chars(hashes, gram_chars, spaces):
                 return DropReason.REPEATED_PHRASE
-        # The places are all that can count twice: their lengths bound what the exact walk would find.
-        allowed = repeated[size] * text_chars if size in repeated else np.inf
-        if (ends[places + size] - ends[places]).sum() > allowed < _repeated_chars(places, hashes, ends, size):
-            return DropReason.REPEATED_PASSAGES
+        if size in repeated:
+            allowed = repeated[size] * text_chars
+            if int(gram_chars.sum()) > allowed < _repeated_chars(places, hashes, gram_chars, size):
+                return DropReason.REPEATED_PASSAGES
     return None
 
 
-def _repeating(
-    places: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """The places whose hash stands at another place too, in their order."""
-    order = np.argsort(hashes)
+def _find_repeating(hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.bool_], int]:
+    """Where a hash stands that stands elsewhere too, (N,) bool, and how often the most frequent one does."""
+    order = hashes.argsort()
     ordered = hashes[order]
-    same = ordered[1:] == ordered[:-1]
-    shared = np.zeros(len(hashes), np.bool_)
-    shared[order[1:][same]] = True
-    shared[order[:-1][same]] = True
-    return places[shared], hashes[shared]
+    starts = np.ones(len(hashes) + 1, np.bool_)  # of runs of equal hashes; one more where the last one ends
+    np.not_equal(ordered[1:], ordered[:-1], out=starts[1:-1])
+    edges = starts.nonzero()[0]
+    shared = np.empty(len(hashes), np.bool_)
+    shared[order] = ~(starts[1:] & starts[:-1])
+    return shared, int((edges[1:] - edges[:-1]).max(initial=0))
 
 
-def _top_gram_chars(
-    places: npt.NDArray[np.int64],
-    hashes: npt.NDArray[np.uint64],
-    ends: npt.NDArray[np.int64],
-    size: int,
-    space_chars: int,
-) -> int:
+def _top_gram_chars(hashes: npt.NDArray[np.uint64], gram_chars: npt.NDArray[np.int64], spaces: int) -> int:
     """Characters of the most frequent gram, the first of several equally frequent ones, at all its places."""
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     most = int(counts.max())
-    place = places[first[counts == most].min()]
-    return most * (int(ends[place + size] - ends[place]) + space_chars)
+    return most * (int(gram_chars[first[counts == most].min()]) + spaces)
 
 
 def _repeated_chars(
-    places: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], ends: npt.NDArray[np.int64], size: int
+    places: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    gram_chars: npt.NDArray[np.int64],
+    size: int,
 ) -> int:
     """Characters of grams that stood before, none counted twice: after one of them the walk goes on behind it."""
     seen: set[int] = set()
     chars = walked = 0
-    lengths = (ends[places + size] - ends[places]).tolist()
-    for place, gram, length in zip(places.tolist(), hashes.tolist(), lengths, strict=True):
+    for place, gram, length in zip(places.tolist(), hashes.tolist(), gram_chars.tolist(), strict=True):
         if place < walked:
             continue
         if gram in seen:

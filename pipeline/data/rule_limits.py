@@ -72,8 +72,8 @@ ENGLISH = WebLimits(
 
 # Chinese words have 1.6 characters on average, so a limit on n words is one on 1.6 n characters. Repetition and stop
 # words: FineWeb-2's configuration for cmn_Hani (Penedo et al. 2025, arXiv 2506.20920). Mean line and share of
-# Han: EvalWeb (ChineseWebText, Chen et al. 2023, arXiv 2311.01149). Letters: data-juicer's Chinese recipe (alphanumeric_filter,
-# 0.60). Lines and JavaScript as C4 and CLUECorpus2020 (Xu et al. 2020, arXiv 2003.01355). Own: three sentences, since a
+# Han: EvalWeb (ChineseWebText, Chen et al. 2023, arXiv 2311.01149). Letters: data-juicer's Chinese recipe
+# (alphanumeric_filter, 0.60). Lines as C4 and CLUECorpus2020 (Xu et al. 2020, arXiv 2003.01355). Own: three sentences, since a
 # Chinese one holds about two English ones; the phrases of policies and of registration.
 CHINESE = replace(
     ENGLISH,

@@ -15,7 +15,8 @@ from pipeline.data.repetition import repeated_share, repetition
 from pipeline.data.rule_limits import LIMITS, OTHER, WebLimits
 from pipeline.data.verdicts import Drop, DropReason, Keep, Verdict
 
-_WORD = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
+_SIGN_ONLY = re.compile(r"[\W_]+")
+_LETTER = re.compile(r"[^\W\d_]")
 _SPACES = re.compile(r"\s+")
 _PARAGRAPH_END = re.compile(r"\n{2,}")
 _LINE_END = re.compile(r"\n+")
@@ -87,14 +88,18 @@ def _measure(text: str, unit: Literal["words", "characters"]) -> _Units:
 
 
 def _measure_words(text: str) -> _Units:
-    words = _WORD.findall(text)
-    index = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    words = text.split()
+    names = list(dict.fromkeys(words))
+    index = dict(zip(names, range(len(names)), strict=True))
     ids = np.fromiter(map(index.__getitem__, words), np.int64, len(words))
     lengths = np.fromiter(map(len, index), np.int64, len(index))
     counts = np.bincount(ids, minlength=len(index))
     # Each distinct word is looked at once: there are few of them.
-    proper = np.fromiter((word[0].isalnum() or len(word) > 1 for word in index), np.bool_, len(index))
-    letters = np.fromiter((any(map(str.isalpha, word)) for word in index), np.bool_, len(index))
+    letters = np.fromiter(map(str.isalpha, index), np.bool_, len(index))
+    proper = letters.copy()
+    for number in np.flatnonzero(~letters).tolist():
+        letters[number] = _LETTER.search(names[number]) is not None
+        proper[number] = letters[number] or _SIGN_ONLY.fullmatch(names[number]) is None
     return _Units(
         ids=ids,
         lengths=lengths[ids],
