@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.distillation_trial import kernels
+from benchmarks.distillation_trial import kernels, peer_trl
 from benchmarks.distillation_trial.models import (
     QWEN,
     TINY,
@@ -35,6 +35,7 @@ from benchmarks.distillation_trial.models import (
     layer_tensors,
     sharing_copy,
     storage_bytes,
+    use_cudnn_attention,
 )
 from benchmarks.distillation_trial.steps import Case, Marks, make_step
 from pipeline.distillation.float8_teacher import quantize_teacher
@@ -43,10 +44,13 @@ CASES = (
     Case("plain transformers, batch 4", "plain", 4),
     Case("online, bf16 teacher", "online", 16),
     Case("plain transformers, batch 8", "plain", 8),
+    Case("online, bf16 teacher begun early", "online", 16, ahead=True),
+    Case("TRL GKDTrainer, batch 4", "trl", 4),
     Case("online, float8 teacher", "float8", 16),
     Case("plain transformers, batch 16", "plain", 16),
     Case("stored draws", "stored", 16, chunk_tokens=8192),
 )
+_PEERS = ("plain", "trl")
 
 
 @dataclass(slots=True)
@@ -82,20 +86,19 @@ def main() -> int:
             kernels.report(setting, device, options.kernels)
     teachers = _teachers(setting, device, not options.eager)
     _say(began, "models built")
-    known = {"plain", "stored", *teachers.by_signal}
+    known = {"stored", *teachers.by_signal} - (set() if peer_trl.available() else {"trl"})
     cases = [_fit(case, options) for case in CASES if options.only in case.name and case.signal in known]
     results = [Result(case) for case in cases]
-    with _attention_order(options.attention):
-        if "float8" in teachers.by_signal:
-            with _at_most(120):
-                kernels.report_targets(setting, teachers.by_signal["online"], teachers.by_signal["float8"])
-            _say(began, "effect of float8 on the targets")
-        for number in range(options.rounds):
-            for result in results:
-                if result.failure or time.monotonic() - began > options.limit_s - 20:
-                    continue
-                _run_round(result, number, setting, teachers, device, options)
-                _say(began, f"round {number + 1}: {_line(result, setting)}")
+    if "float8" in teachers.by_signal:
+        with _at_most(120):
+            kernels.report_targets(setting, teachers.by_signal)
+        _say(began, "effect of float8 on the targets")
+    for number in range(options.rounds):
+        for result in results:
+            if result.failure or time.monotonic() - began > options.limit_s - 20:
+                continue
+            _run_round(result, number, setting, teachers, device, options)
+            _say(began, f"round {number + 1}: {_line(result, setting)}")
     print(_table(results, setting, options))
     counters = torch._dynamo.utils.counters
     print(f"graph breaks: {dict(counters['graph_break'])}; compiled: {dict(counters['stats'])}")
@@ -114,8 +117,10 @@ def _run_round(
     foreign = teachers.foreign_bytes[case.signal]
     try:
         with _at_most(options.case_s):
-            teacher = teachers.by_signal.get("online" if case.signal == "plain" else case.signal)
-            _set_compiled(teachers, case.signal != "plain" and not options.eager)
+            teacher = teachers.by_signal.get(case.signal)
+            if case.signal == "trl":
+                _run_trl(result, setting, teacher, device, options)
+                return
             step = make_step(case, setting, teacher, device, not options.eager)
             for _ in range(2 if number == 0 else 1):
                 loss = step(lambda _: None)
@@ -137,36 +142,40 @@ def _run_round(
     except Exception as error:  # the table must come whatever one case does
         traceback.print_exc()
         result.failure = f"{type(error).__name__}"
-    if device.type == "cuda":
-        result.peak_bytes = max(result.peak_bytes, torch.cuda.max_memory_allocated() - foreign)
+    finally:
+        if device.type == "cuda":
+            result.peak_bytes = max(result.peak_bytes, torch.cuda.max_memory_allocated() - foreign)
+
+
+def _run_trl(result: Result, setting: Setting, teacher: Any, device: torch.device, options: argparse.Namespace) -> None:
+    student = build_model(setting.student, setting, device, 1, torch.bfloat16)
+    steps = max(2, round(options.tokens / result.case.tokens_per_step(setting)))
+    rate, result.loss = peer_trl.tokens_per_second(setting, teacher, student, result.case.batch_sequences, steps)
+    result.tokens_per_s.append(rate)
 
 
 def _teachers(setting: Setting, device: torch.device, compiled: bool) -> Teachers:
+    """One set of weights, and float8 layers beside it; peers get module trees of their own, left as they were."""
     teacher = freeze(build_model(setting.teacher, setting, device, 0, torch.bfloat16))
-    by_signal, own = {"online": teacher}, storage_bytes(*layer_tensors(teacher))
-    extra = 0
+    by_signal = {"online": teacher, "plain": sharing_copy(teacher), "trl": sharing_copy(teacher)}
+    own, float8 = storage_bytes(*layer_tensors(teacher)), 0
     if device.type == "cuda":
         by_signal["float8"] = freeze(sharing_copy(teacher))
         quantize_teacher(by_signal["float8"])
-        extra = storage_bytes(*layer_tensors(by_signal["float8"]))
-    if compiled:
-        for model in by_signal.values():
+        float8 = storage_bytes(*layer_tensors(by_signal["float8"]))
+    for model in (by_signal[name] for name in ("online", "float8") if name in by_signal):
+        if device.type == "cuda":
+            use_cudnn_attention(model)
+        if compiled:
             compile_layers(model)
-    everything = storage_bytes(*teacher.parameters()) + extra
-    return Teachers(by_signal, {"plain": extra, "online": extra, "float8": own, "stored": everything})
-
-
-def _set_compiled(teachers: Teachers, compiled: bool) -> None:
-    """Peers run the same weights without our compiled calls."""
-    for layer in teachers.by_signal["online"].get_decoder().layers:
-        kept = layer.__dict__.setdefault("_kept_call", layer._compiled_call_impl)
-        layer._compiled_call_impl = kept if compiled else None
+    everything = storage_bytes(*teacher.parameters()) + float8
+    return Teachers(by_signal, {"plain": float8, "trl": float8, "online": float8, "float8": own, "stored": everything})
 
 
 def _fit(case: Case, options: argparse.Namespace) -> Case:
     if options.tiny:
-        return replace(case, batch_sequences=2, chunk_tokens=20)
-    if case.signal == "plain":
+        return replace(case, batch_sequences=2, chunk_tokens=20, ahead=False)
+    if case.signal in _PEERS:
         return case
     passes = options.micro_batches
     return replace(case, batch_sequences=case.batch_sequences // passes, micro_batches=passes)
@@ -206,16 +215,6 @@ def _device_line(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
 
 
-def _attention_order(order: str) -> Any:
-    """Which of torch's attention kernels is asked first."""
-    if order == "default":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(backends, set_priority=True)
-
-
 @contextmanager
 def _at_most(limit_s: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
@@ -248,7 +247,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=131_072, help="timed tokens a case and round, about")
     parser.add_argument("--micro-batches", type=int, default=1, help="passes a step of our cases")
-    parser.add_argument("--attention", choices=("default", "cudnn"), default="default")
     parser.add_argument("--limit-s", type=int, default=400)
     parser.add_argument("--case-s", type=int, default=120, help="longest time of one case in one round")
     return parser.parse_args()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Case:
         batch_sequences: Of one forward and backward pass.
         micro_batches: Passes a step of the optimizer.
         chunk_tokens: Positions whose logits exist at a time.
+        ahead: The teacher reads the next batch on a stream of its own while the student learns from this one.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Case:
     batch_sequences: int
     micro_batches: int = 1
     chunk_tokens: int = 4096
+    ahead: bool = False
 
     def tokens_per_step(self, setting: Setting) -> int:
         return self.batch_sequences * self.micro_batches * setting.sequence_tokens
@@ -106,24 +109,17 @@ def _fused_step(case: Case, setting: Setting, teacher: Any, student: Any) -> Ste
     weights = attach_masters(student.parameters())
     optimizer = torch.optim.AdamW(weights.masters, lr=_LEARNING_RATE, fused=student.device.type == "cuda")
     batches = _token_batches(case, setting, student.device)
-    draws = [_draws(case, setting, seed) for seed in range(_RING)] if case.signal == "stored" else []
-    kind = LossKind.SAMPLED_KL if draws else LossKind.FORWARD_KL
-    turn = 0
+    signals = (
+        _stored_signals(case, setting, student.device) if case.signal == "stored" else _taught(case, teacher, batches)
+    )
+    kind = LossKind.SAMPLED_KL if case.signal == "stored" else LossKind.FORWARD_KL
+    turns = itertools.count()
 
     def step(mark: Mark) -> torch.Tensor:
-        nonlocal turn
         mark("start")
         total = torch.zeros((), device=student.device)
         for _ in range(case.micro_batches):
-            turn += 1
-            tokens = batches[turn % _RING]
-            signal: HeadSignal
-            if draws:
-                signal = SparseSignal(*(part.to(student.device, non_blocking=True) for part in draws[turn % _RING]))
-            else:
-                with torch.no_grad():
-                    targets = teacher.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-                signal = DenseSignal(targets.flatten(0, 1), teacher.get_output_embeddings().weight)
+            tokens, signal = batches[next(turns) % _RING], next(signals)
             mark("teacher")
             hidden = student.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
             mark("student")
@@ -141,6 +137,41 @@ def _fused_step(case: Case, setting: Setting, teacher: Any, student: Any) -> Ste
         return total
 
     return step
+
+
+def _taught(case: Case, teacher: Any, batches: list[torch.Tensor]) -> Iterator[HeadSignal]:
+    """The teacher's hidden states of one batch after another."""
+    head = teacher.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def teach(turn: int) -> torch.Tensor:
+        tokens = batches[turn % _RING]
+        hidden: torch.Tensor = teacher.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    states = _begun_early(teach) if case.ahead else map(teach, itertools.count())
+    for state in states:
+        yield DenseSignal(state, head)
+
+
+def _begun_early(teach: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each result, after the next one's work was queued on a stream of its own."""
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    following = teach(0)
+    for turn in itertools.count(1):
+        main.wait_stream(side)  # what is given now is complete
+        side.wait_stream(main)  # and the next one starts beside the step that learns from it
+        current = following
+        with torch.cuda.stream(side):
+            following = teach(turn)
+            following.record_stream(main)
+        yield current
+
+
+def _stored_signals(case: Case, setting: Setting, device: torch.device) -> Iterator[HeadSignal]:
+    draws = [_draws(case, setting, seed) for seed in range(_RING)]
+    for ids, weights in itertools.cycle(draws):
+        yield SparseSignal(ids.to(device, non_blocking=True), weights.to(device, non_blocking=True))
 
 
 def _token_batches(case: Case, setting: Setting, device: torch.device) -> list[torch.Tensor]:
