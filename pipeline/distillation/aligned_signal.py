@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from edge_runtime.formats.errors import UserError
-from pipeline.distillation.batches import Batch, LossSum
+from pipeline.distillation.batches import Batch, LossSum, to_device
+from pipeline.distillation.objectives import hidden_and_head
 from pipeline.distillation.teacher_signals import checked_head, head_logits, last_hidden
 
 if TYPE_CHECKING:
@@ -132,6 +134,22 @@ class AlignedSource:
         chosen = hidden[torch.from_numpy(teacher[counted]).to(hidden.device)]
         places = torch.from_numpy(student[counted]).to(batch.tokens.device)
         return AlignedSignal(chosen.to(self.head.device), self.head, places)
+
+
+def aligned_objective(source: AlignedSource, loss: AlignedLoss) -> Callable[[Any, Batch], LossSum]:
+    """What the training loop minimises for a student of a teacher with another vocabulary.
+
+    Raises:
+        UserError: A tokenizer has ids that its model has no row for.
+    """
+    shared = match_vocabularies(source.student_side, source.teacher_side)
+
+    def objective(model: Any, batch: Batch) -> LossSum:
+        hidden, head = hidden_and_head(model, batch.tokens)
+        signal = source.signal(batch)
+        return aligned_loss(hidden, head, signal, to_device(shared, hidden.device), loss)
+
+    return objective
 
 
 def aligned_loss(
