@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,32 +24,8 @@ from pipeline.distillation.checkpoints import History
 from pipeline.distillation.correction import LoraSettings, add_lora, correct_teacher
 from pipeline.distillation.objectives import next_token_objective
 from pipeline.distillation.trainer import TrainPlan, computes_bf16, learning_rate, train
-from tests.pipeline.conftest import VOCABULARY, MakeModel
-
-PLAN = TrainPlan(
-    steps=11, batch_sequences=3, learning_rate=3e-3, weight_decay=0.05, warmup_ratio=0.2, bf16=False, seed=5,
-    checkpoint_every_steps=3,
-)  # fmt: skip
-_RANDOM = np.random.default_rng(2)
-TOKENS = _RANDOM.integers(0, VOCABULARY, (10, 16)).astype(np.int32)
-UNEVEN = _RANDOM.random((10, 16)) < np.linspace(0.05, 0.95, 10)[:, None]
-SEQUENCES, ANSWERS = Sequences(TOKENS), Sequences(TOKENS, UNEVEN)
-
-
-class Exact(torch.nn.Module):
-    """A small causal model in float64; those of transformers round to float32 in their norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.embedding = torch.nn.Embedding(VOCABULARY, 24)
-        self.norm = torch.nn.LayerNorm(24)
-        self.head = torch.nn.Linear(24, VOCABULARY)
-        self.double()
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
-        seen = self.embedding(input_ids).cumsum(dim=1)
-        return SimpleNamespace(logits=self.head(self.norm(seen).tanh()))
+from tests.pipeline.conftest import MakeModel
+from tests.pipeline.exact_model import ANSWERS, PLAN, SEQUENCES, TOKENS, UNEVEN, Exact
 
 
 def test_steps_are_those_of_adamw_under_the_schedule(tmp_path: Path) -> None:
