@@ -1,19 +1,31 @@
-"""Rules that keep a document or say why not; exact duplicates; the held-out split."""
+"""A corpus cleaned: documents judged in parallel, settled in corpus order, written in parts that survive a kill."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
+from edge_runtime.formats.errors import UserError
+from pipeline.data.cleaning_journal import Journal, Progress, full_disk_refused, progress_report
+from pipeline.data.cleaning_report import CleaningReport, count_dropped, count_kept
+from pipeline.data.decontamination import read_evaluation, save_grams
+from pipeline.data.duplicates import Bands, DuplicateIndex, choose_bands
+from pipeline.data.judging import Chunk, CleaningSettings, Judged, JudgePlan, Outcome, judge_chunk
+from pipeline.data.normalize import normalize
+from pipeline.data.ordered_work import map_ordered
 from pipeline.data.sources import Document
+from pipeline.data.verdicts import DropReason
 
-_ANSWER_CHARS = 600
-_EXAMPLES = 3  # sources named for each reason
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff\ufffe\uffff]")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON's escapes can write it; UTF-8 has none
+__all__ = ["CleaningReport", "CleaningSettings", "Row", "clean", "clean_corpus", "normalize"]
+_CHUNK_CHARS = 1 << 20  # of a chunk, unless one document is longer
+_LARGEST_CLUSTERS = 10
+_WORKERS_ALONE = ("workers", "engine", "chunk_documents", "part_documents")  # change when, never what is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,86 +38,181 @@ class Row:
     held_out: bool
 
 
-@dataclass(slots=True)
-class CleaningReport:
-    """Counts by reason, with the first few sources of each."""
+class ProgressReport(Protocol):
+    """Called with the number of documents done and a few words."""
 
-    documents: int = 0
-    kept: int = 0
-    held_out: int = 0
-    rows: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    def __call__(self, done: int, text: str = "") -> None:
+        """Show it."""
+
+
+def clean_corpus(
+    documents: Iterable[Document],
+    output: Path,
+    settings: CleaningSettings,
+    checkpoint: Path,
+    progress: ProgressReport = lambda done, text="": None,
+) -> CleaningReport:
+    """Write the rows of kept documents into ``output``: ``train.jsonl`` and ``held_out.jsonl``.
+
+    The bytes depend on the documents and on the settings but for workers, engine and sizes of chunks and parts; they
+    are the same after any number of kills. Memory is that of a few chunks a worker; all that grows with the corpus is
+    on disk. Whether a text is held out depends on that text alone, not on the corpus around it.
+
+    Args:
+        documents: The same ones in the same order when work goes on.
+        settings: How.
+        output: An empty folder; nothing is written before all documents are done.
+        checkpoint: Where unfinished work is kept; for the caller to remove when the output is safe.
+        progress: Shown now and then.
+
+    Raises:
+        UserError: The disk is full, a worker was killed, documents changed between two runs, or a setting cannot be.
+    """
+    with full_disk_refused(checkpoint):
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        setup = _set_up(settings, checkpoint)
+        with closing(Journal(checkpoint, setup.identity)) as journal:
+            report = _clean_rest(documents, journal, setup, progress)
+            journal.assemble(output)
+    return report
 
 
 def clean(
     documents: Iterable[Document], report: CleaningReport, *, min_chars: int, max_chars: int, held_out_modulus: int
 ) -> Iterator[Row]:
-    """Yield the rows of documents that are kept and count the others by reason.
-
-    A document is held out when its hash modulo ``held_out_modulus`` is 0: whether a text is held
-    out depends on that text alone, not on the corpus around it.
-    """
+    """Yield the rows that ``clean_corpus`` would write of a few documents, without touching a disk."""
+    plan = JudgePlan(CleaningSettings(min_chars, max_chars, held_out_modulus, pii="off"))
     seen: set[bytes] = set()
     for document in documents:
-        report.documents += 1
-        text = normalize(document.text)
-        digest = hashlib.sha256(text.encode()).digest()
-        reason = drop_reason(text, min_chars, max_chars) or ("duplicate" if digest in seen else None)
+        (outcome,) = judge_chunk(plan, Chunk((document,), "")).outcomes
+        reason = outcome.reason or (DropReason.DUPLICATE if outcome.digest in seen else None)
         if reason is not None:
-            _count_drop(report, reason, document.source)
+            count_dropped(report, outcome, reason)
             continue
-        seen.add(digest)
-        held_out = int.from_bytes(digest, "big") % held_out_modulus == 0
-        report.kept += 1
-        report.held_out += held_out
-        for kind, rendered in renderings(text, document.question):
-            report.rows[kind] = report.rows.get(kind, 0) + 1
-            yield Row(digest.hex()[:16], rendered, kind, held_out)
+        seen.add(outcome.digest)
+        count_kept(report, outcome)
+        for line in outcome.lines.splitlines():
+            row = json.loads(line)
+            yield Row(row["document"], row["text"], row["kind"], outcome.held_out)
 
 
-def normalize(text: str) -> str:
-    """NFC, unix line ends, no control or zero-width characters, no trailing space, at most two line ends together."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = _INVISIBLE.sub("", _SURROGATE.sub("\ufffd", text))
-    text = unicodedata.normalize("NFC", text)  # after the removal: a base may have met its accent only now
-    text = "\n".join(line.rstrip() for line in text.split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    plan: JudgePlan
+    bands: Bands | None
+    evaluation: dict[str, int] | None
+    identity: str
 
 
-def drop_reason(text: str, min_chars: int, max_chars: int) -> str | None:
-    """Why a normalised text is dropped, or None."""
-    if len(text) < min_chars:
-        return "too_short"
-    if len(text) > max_chars:
-        return "too_long"
-    if text.count("\ufffd") * 100 > len(text):
-        return "undecodable"
-    if sum(character.isalpha() for character in text) * 4 < len(text):
-        return "few_letters"
-    return None
+def _set_up(settings: CleaningSettings, checkpoint: Path) -> _Setup:
+    values = {name: value for name, value in asdict(settings).items() if name not in _WORKERS_ALONE}
+    bands = None if settings.near_duplicates is None else choose_bands(settings.near_duplicates)
+    path, evaluation = None, None
+    if settings.decontaminate:
+        grams = read_evaluation(settings.decontaminate)
+        path = checkpoint / "evaluation.u64"
+        save_grams(grams, path)
+        evaluation = {"texts": grams.texts, "too_short": grams.too_short, "grams": len(grams.hashes)}
+        values["decontaminate"] = hashlib.sha256(grams.hashes.tobytes()).hexdigest()
+    return _Setup(JudgePlan(settings, path), bands, evaluation, json.dumps(values, sort_keys=True))
 
 
-def renderings(text: str, question: str | None) -> Iterator[tuple[str, str]]:
-    """The plain text, and the same as a question with its answer's first paragraphs."""
-    yield "plain", text
-    if question is not None:
-        yield "question_answer", f"Question: {question}\nAnswer: {_lead(text)}"
+def _clean_rest(
+    documents: Iterable[Document], journal: Journal, setup: _Setup, progress: ProgressReport
+) -> CleaningReport:
+    """Clean what the journal does not hold yet."""
+    settings = setup.plan.settings
+    report = CleaningReport(**progress_report(journal.done))
+    index = DuplicateIndex(journal.database, settings.near_duplicates, setup.bands)
+    chunks = _read_chunks(documents, journal.done, settings.chunk_documents)
+    finished, judged = report.documents, None
+    engine = _engine(settings)
+    with closing(engine(partial(judge_chunk, setup.plan), chunks, settings.workers)) as results:
+        for judged in results:
+            for outcome in judged.outcomes:
+                _settle(outcome, report, index, journal)
+            progress(report.documents, "documents")
+            if report.documents - finished >= settings.part_documents:
+                _finish_part(journal, report, judged)
+                finished = report.documents
+    if judged is not None and report.documents > finished:
+        _finish_part(journal, report, judged)
+    report.evaluation = setup.evaluation
+    if settings.near_duplicates is not None:
+        largest = [asdict(cluster) for cluster in index.largest_clusters(_LARGEST_CLUSTERS)]
+        report.near_duplicates = {"clusters": index.clusters(), "largest": largest}
+    return report
 
 
-def _count_drop(report: CleaningReport, reason: str, source: str) -> None:
-    report.dropped[reason] = report.dropped.get(reason, 0) + 1
-    examples = report.examples.setdefault(reason, [])
-    if len(examples) < _EXAMPLES:
-        examples.append(source)
+def _read_chunks(documents: Iterable[Document], done: Progress | None, chunk_documents: int) -> Iterator[Chunk]:
+    """Documents that are not done, in chunks that are small in documents and in characters.
+
+    Raises:
+        UserError: Those that are done are not what they were.
+    """
+    digest, chunk, chars = hashlib.sha256(), list[Document](), 0
+    skipped = 0 if done is None else done.documents
+    number = 0
+    for number, document in enumerate(documents, 1):
+        _update_digest(digest.update, document)
+        if number < skipped:
+            continue
+        if number == skipped:
+            _require_same(done, digest.hexdigest())
+            continue
+        chunk.append(document)
+        chars += len(document.text) + sum(len(content) for _, content in document.messages)
+        if len(chunk) >= chunk_documents or chars >= _CHUNK_CHARS:
+            yield Chunk(tuple(chunk), digest.hexdigest())
+            chunk, chars = [], 0
+    if number < skipped:
+        _require_same(done, "")
+    if chunk:
+        yield Chunk(tuple(chunk), digest.hexdigest())
 
 
-def _lead(text: str) -> str:
-    """Whole paragraphs up to 600 characters, at least one, cut at a word."""
-    paragraphs = text.split("\n\n")
-    lead = paragraphs[0]
-    for paragraph in paragraphs[1:]:
-        if len(lead) + len(paragraph) > _ANSWER_CHARS:
-            break
-        lead += "\n\n" + paragraph
-    return lead if len(lead) <= _ANSWER_CHARS else lead[:_ANSWER_CHARS].rsplit(" ", 1)[0]
+def _update_digest(update: Callable[[bytes], None], document: Document) -> None:
+    """Every field with its length before it, so that no two documents are told apart by their sum alone."""
+    for value in (
+        document.source,
+        document.text,
+        document.question or "",
+        *(x for pair in document.messages for x in pair),
+    ):
+        encoded = value.encode("utf-8", "surrogatepass")
+        update(len(encoded).to_bytes(8, "little"))
+        update(encoded)
+
+
+def _require_same(done: Progress | None, input_digest: str) -> None:
+    if done is not None and done.input_digest != input_digest:
+        raise UserError(
+            "data", f"other documents than when cleaning began ({done.documents} were done)", "the same ones to go on",
+            "remove the checkpoint folder to begin again",
+        )  # fmt: skip
+
+
+def _settle(outcome: Outcome, report: CleaningReport, index: DuplicateIndex, journal: Journal) -> None:
+    """Decide what depends on the documents before, and write."""
+    if outcome.reason is not None:
+        count_dropped(report, outcome, outcome.reason)
+    elif index.holds(outcome.digest):
+        count_dropped(report, outcome, DropReason.DUPLICATE)
+    elif (original := index.nearest(outcome.signature)) is not None:
+        count_dropped(report, outcome, DropReason.NEAR_DUPLICATE, copy_of=index.count_copy(original))
+    else:
+        index.add(report.documents, outcome.source, outcome.digest, outcome.signature)
+        journal.write("held_out" if outcome.held_out else "train", outcome.lines)
+        count_kept(report, outcome)
+
+
+def _finish_part(journal: Journal, report: CleaningReport, judged: Judged) -> None:
+    journal.finish_part(Progress(report.documents, judged.input_digest, json.dumps(asdict(report))))
+
+
+def _engine(settings: CleaningSettings) -> Callable[..., Generator[Judged, None, None]]:
+    if settings.engine == "ray":
+        from pipeline.data.ray_engine import map_on_ray
+
+        return map_on_ray
+    return map_ordered

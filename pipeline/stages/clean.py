@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TextIO
+from itertools import chain
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import StageRun, write_json
-from pipeline.data.cleaning import CleaningReport, Row, clean
-from pipeline.data.sources import file_documents, python_documents
+from pipeline.artifacts import StageRun, write_atomic, write_json
+from pipeline.data.cleaning import CleaningReport, CleaningSettings, clean_corpus
+from pipeline.data.cleaning_journal import full_disk_refused
+from pipeline.data.cleaning_report import render_page
+from pipeline.data.package_docs import package_documents, package_licence
+from pipeline.data.sources import Document, file_documents, python_documents
 from pipeline.progress import progress
+from pipeline.settings import DataConfig
 
-LICENCES = {"python_docs": "Python Software Foundation License Version 2", "local": "the user's own data"}
+_PYTHON = "Python Software Foundation License Version 2"
+LICENCES = {
+    "python_docs": _PYTHON,
+    "python_packages": f"{_PYTHON}, and that of each package",
+    "local": "the user's own data",
+}
 
 
 def run(run: StageRun) -> None:
-    """Write train.jsonl and held_out.jsonl into the output.
+    """Write train.jsonl, held_out.jsonl and cleaning.md into the output.
 
     Raises:
-        UserError: Either side of the split is empty.
+        UserError: Either side of the split is empty, a file cannot be read, or the disk is full.
     """
-    data, output = run.config.data, run.output
-    documents = python_documents() if data.path is None else file_documents(data.path)
-    report = CleaningReport()
-    with (
-        (output / "train.jsonl").open("w", encoding="utf-8") as train,
-        (output / "held_out.jsonl").open("w", encoding="utf-8") as held_out,
-        progress("clean", None) as show,
-    ):
-        rows = clean(
-            documents, report,
-            min_chars=data.min_chars, max_chars=data.max_chars, held_out_modulus=data.held_out_modulus,
-        )  # fmt: skip
-        for number, row in enumerate(rows, 1):
-            _write_row(held_out if row.held_out else train, row)
-            show(number, "texts")
+    data = run.config.data
+    with progress("clean", None) as show, full_disk_refused(run.output):
+        report = clean_corpus(_documents(data), run.output, cleaning_settings(data), run.checkpoint, show)
+        _require_both_sides(report)
+        write_atomic(run.output / "cleaning.md", render_page(report))
+        values = asdict(report) | {"licence": LICENCES[data.source]}
+        if data.packages:
+            values["licences"] = {name: package_licence(name) for name in data.packages}
+        values["train_documents"], values["held_out_documents"] = report.kept - report.held_out, report.held_out
+        write_json(run.layout.metrics("clean"), values)
+    shutil.rmtree(run.checkpoint)
+
+
+def cleaning_settings(data: DataConfig) -> CleaningSettings:
+    """The settings of the cleaning library from those of the data group."""
+    return CleaningSettings(
+        min_chars=data.min_chars,
+        max_chars=data.max_chars,
+        held_out_modulus=data.held_out_modulus,
+        rules=data.rules,
+        languages=tuple(data.languages),
+        pii=data.pii,
+        near_duplicates=data.near_duplicates,
+        decontaminate=tuple(data.decontaminate),
+        workers=data.workers,
+        engine=data.engine,
+    )
+
+
+def _documents(data: DataConfig) -> Iterator[Document]:
+    if data.path is not None:
+        return file_documents(data.path)
+    return chain(python_documents(), package_documents(data.packages))
+
+
+def _require_both_sides(report: CleaningReport) -> None:
     if not report.held_out or report.held_out == report.kept:
         raise UserError(
             "data",
@@ -43,10 +74,3 @@ def run(run: StageRun) -> None:
             "some on both sides of the split",
             "add text, or lower data.held_out_modulus",
         )
-    values = asdict(report) | {"licence": LICENCES[data.source]}
-    values["train_documents"], values["held_out_documents"] = report.kept - report.held_out, report.held_out
-    write_json(run.layout.metrics("clean"), values)
-
-
-def _write_row(file: TextIO, row: Row) -> None:
-    file.write(json.dumps({"document": row.document, "kind": row.kind, "text": row.text}, ensure_ascii=False) + "\n")
