@@ -36,7 +36,7 @@ class WebLimits:
     repeated_grams: Grams  # the share of characters in grams that stood before
     min_line_units: int  # a shorter line is removed
     min_sentences: int
-    sentence_end: str  # a regular expression
+    sentence_end: str  # a regular expression for one inside a line
     policy_phrases: tuple[str, ...]  # lines with one of them, in lower case, are removed
     terminal_marks: tuple[str, ...] | None  # lines that end in none of them are removed
 
@@ -65,7 +65,7 @@ ENGLISH = WebLimits(
     repeated_grams=((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)),
     min_line_units=3,
     min_sentences=5,
-    sentence_end=r"[.!?][\"'”’)\]]*(?=\s|$)",
+    sentence_end=r"[.!?][\"'”’)\]]* (?=\S)",
     policy_phrases=("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
     terminal_marks=None,
 )
@@ -73,8 +73,8 @@ ENGLISH = WebLimits(
 # Chinese words have 1.6 characters on average, so a limit on n words is one on 1.6 n characters. Repetition and stop
 # words: FineWeb-2's configuration for cmn_Hani (Penedo et al. 2025, arXiv 2506.20920). Mean line and share of
 # Han: EvalWeb (ChineseWebText, Chen et al. 2023, arXiv 2311.01149). Letters: data-juicer's Chinese recipe
-# (alphanumeric_filter, 0.60). Lines as C4 and CLUECorpus2020 (Xu et al. 2020, arXiv 2003.01355). Own: three sentences, since a
-# Chinese one holds about two English ones; the phrases of policies and of registration.
+# (alphanumeric_filter, 0.60). Lines: C4 and CLUECorpus2020 (Xu et al. 2020, arXiv 2003.01355). Own: three sentences, as
+# a Chinese one holds about two English ones; the phrases of policies and of registration.
 CHINESE = replace(
     ENGLISH,
     unit="characters",
@@ -91,7 +91,7 @@ CHINESE = replace(
     repeated_grams=((8, 0.198), (10, 0.182), (11, 0.167), (13, 0.154), (14, 0.14), (16, 0.127)),
     min_line_units=5,
     min_sentences=3,
-    sentence_end=r"[。！？!?；;…]+[”’」』）\")]*",
+    sentence_end=r"[。！？!?；;…]+[”’」』）\")]*(?=[^\n])",
     policy_phrases=("使用条款", "服务条款", "隐私政策", "隐私权政策", "免责声明", "版权所有", "icp备", "cookie"),
 )
 
@@ -112,7 +112,7 @@ OTHER = replace(
     min_letter_unit_ratio=0.7,
     stop_words=frozenset(),
     min_stop_words=0,
-    sentence_end=r"[.!?।؟。！？][\"'”’)\]]*(?=\s|$)",
+    sentence_end=r"[.!?।؟][\"'”’)\]]* (?=\S)|[。！？](?=[^\n])",
 )
 
 LIMITS: dict[str, WebLimits] = {"en": ENGLISH, "zh": CHINESE, "ja": JAPANESE}

@@ -76,8 +76,10 @@ def c4_lines(text: str, language: str) -> Verdict:
         text = _CITATION.sub("", text)
     unwanted = ("javascript", *limits.policy_phrases)
     unwanted = tuple(phrase for phrase in unwanted if phrase in lowered)
-    kept = "\n".join([line for line in text.split("\n") if _is_text(line, limits, unwanted)]).strip()
-    if limits.min_sentences > 0 and not _has_sentences(kept, limits.sentence_end, limits.min_sentences):
+    lines = [line for line in text.split("\n") if _is_text(line, limits, unwanted)]
+    kept = "\n".join(lines).strip()
+    # Each line is a sentence at least; its ends inside lines are sought only where the lines are too few.
+    if len(lines) < limits.min_sentences and len(lines) + _count(limits.sentence_end, kept) < limits.min_sentences:
         return Drop(DropReason.FEW_SENTENCES)
     return Keep(kept)
 
@@ -168,5 +170,5 @@ def _is_text(line: str, limits: WebLimits, unwanted: tuple[str, ...]) -> bool:
     return not any(phrase in lowered for phrase in unwanted)
 
 
-def _has_sentences(text: str, end: str, least: int) -> bool:
-    return sum(1 for _, _ in zip(range(least), re.finditer(end, text), strict=False)) == least
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
