@@ -7,6 +7,7 @@ one atomic rename, replacing a folder is not.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edge_runtime.formats.lora import Adapter, save_adapter
 
 CHAMPION_LINK = "champion"
 _DIGEST_DIGITS = 16
+_FOLDER = re.compile(r"[0-9a-f]{16}")
 
 
 def keep_adapter(adapters: Path, adapter: Adapter, digest: str) -> Path:
@@ -27,7 +29,8 @@ def keep_adapter(adapters: Path, adapter: Adapter, digest: str) -> Path:
 def crown(folder: Path) -> Path:
     """Let ``champion`` beside ``folder`` point to it, and return the link.
 
-    The former champion's folder stays, for a reader who is just opening it; older ones go.
+    The former champion's folder stays, for a reader who is just opening it; older ones go. What is not named after a
+    digest, such as the library, is left alone.
 
     Raises:
         UserError: Something that is not our link is in the way.
@@ -43,6 +46,6 @@ def crown(folder: Path) -> Path:
     temporary.symlink_to(folder.name, target_is_directory=True)
     temporary.replace(link)
     for other in folder.parent.iterdir():
-        if other.is_dir() and other.name not in (CHAMPION_LINK, folder.name, former):
+        if other.is_dir() and _FOLDER.fullmatch(other.name) and other.name not in (folder.name, former):
             shutil.rmtree(other)
     return link
