@@ -11,8 +11,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,34 +202,35 @@ def bound_bytes(positions: int, vocabulary: int, draws: int) -> int:
 def _records(
     teacher: Any, head: torch.Tensor, tokens: NDArray[np.int32], recording: Recording, number: int
 ) -> list[bytes]:
-    """Each sequence of a shard, encoded."""
+    """Each sequence of a shard, encoded by a thread while the teacher reads on."""
     generator = torch.Generator().manual_seed(_stream(recording.seed, number))
-    records = []
-    for start in range(0, len(tokens), recording.batch_sequences):
-        batch = torch.from_numpy(tokens[start : start + recording.batch_sequences].astype(np.int64))
-        hidden = last_hidden(teacher, batch, recording.bf16)
-        try:
-            records += _encoded(hidden, head, recording, generator)
-        except FloatingPointError as error:
-            raise UserError("teacher", str(error), "finite logits", "load it in bf16 or fp32") from None
-    return records
+    encode: Callable[..., bytes] = encode_draws if recording.kind is TargetKind.DRAWS else encode_top_k
+    waiting: list[Future[bytes]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="targets") as coder:
+        for start in range(0, len(tokens), recording.batch_sequences):
+            batch = torch.from_numpy(tokens[start : start + recording.batch_sequences].astype(np.int64))
+            hidden = last_hidden(teacher, batch, recording.bf16)
+            try:
+                columns = _say(hidden, head, recording, generator)
+            except FloatingPointError as error:
+                raise UserError("teacher", str(error), "finite logits", "load it in bf16 or fp32") from None
+            waiting += [coder.submit(encode, *arrays, len(head)) for arrays in zip(*columns, strict=True)]
+        return [future.result() for future in waiting]
 
 
-def _encoded(hidden: torch.Tensor, head: torch.Tensor, recording: Recording, generator: torch.Generator) -> list[bytes]:
-    """Sequences (B, T, H), one chunk of logits after another; where a chunk ends changes no draw."""
-    states = hidden.flatten(0, 1)
+def _say(
+    hidden: torch.Tensor, head: torch.Tensor, recording: Recording, generator: torch.Generator
+) -> list[NDArray[Any]]:
+    """What is encoded of hidden states (B, T, H), each (B, T, K); where a chunk of logits ends changes no draw."""
     parts: list[tuple[torch.Tensor, ...]] = []
-    for chunk in states.split(recording.chunk_positions):
+    for chunk in hidden.flatten(0, 1).split(recording.chunk_positions):
         logits = head_logits(chunk, head)
         if recording.kind is TargetKind.DRAWS:
             parts.append((draw(logits, recording.draws, generator).int(),))
         else:
-            values, ids = torch.softmax(logits, dim=-1).topk(recording.draws, dim=-1)
-            parts.append((ids.int(), values))
-    arrays = [torch.cat(column).cpu().numpy().reshape(*hidden.shape[:2], -1) for column in zip(*parts, strict=True)]
-    if recording.kind is TargetKind.DRAWS:
-        return [encode_draws(ids, len(head)) for ids in arrays[0]]
-    return [encode_top_k(ids, values, len(head)) for ids, values in zip(*arrays, strict=True)]
+            probabilities, ids = torch.softmax(logits, dim=-1).topk(recording.draws, dim=-1)
+            parts.append((ids.int(), probabilities))
+    return [torch.cat(column).cpu().numpy().reshape(*hidden.shape[:2], -1) for column in zip(*parts, strict=True)]
 
 
 def _stream(seed: int, number: int) -> int:

@@ -119,10 +119,11 @@ def draw(logits: torch.Tensor, draws: int, generator: torch.Generator) -> torch.
         masses = torch.nn.functional.pad(masses, (0, -vocabulary % _BLOCK_TOKENS))
     blocks = masses.unflatten(-1, (-1, _BLOCK_TOKENS))  # (P, N, 64)
     sums = blocks.sum(dim=-1)
+    # Made while the device still sums: the check below waits for it.
+    uniforms = torch.rand(len(masses), draws, generator=generator, device=generator.device, dtype=torch.float64)
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError("the teacher's logits are not finite")
-    uniforms = torch.rand(len(masses), draws, generator=generator, device=generator.device, dtype=torch.float64)
-    uniforms = uniforms.sort(dim=-1).values.to(logits.device)
+    uniforms = uniforms.to(logits.device).sort(dim=-1).values
 
     ends = (sums.double() * _QUANTA).long().cumsum(dim=-1)  # (P, N)
     points = (uniforms * ends[:, -1:]).long()  # (P, D)
