@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from edge_runtime.formats.errors import UserError
 from pipeline.data.multimodal.image_header import ImageHeader, read_image_header
@@ -57,6 +58,17 @@ def test_no_metadata_survives(format_: str, written: Any) -> None:
         assert not image.getexif()
         assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
     assert markers(prepared.content) <= ALLOWED[written]
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+def test_texts_of_a_picture_without_a_profile_do_not_survive(format_: str) -> None:
+    info = PngInfo()
+    info.add_text("Author", "SECRET")
+    content = saved(scene(1), format_, **({"comment": b"SECRET"} if format_ == "JPEG" else {"pnginfo": info}))
+    assert b"SECRET" in content
+    for written in ("jpg", "png"):
+        prepared = prepare_image(content, AS_IS, ImageSettings(format=written))  # type: ignore[arg-type]
+        assert isinstance(prepared, Picture) and b"SECRET" not in prepared.content
 
 
 ALLOWED: dict[str, set[Any]] = {"jpg": {0xE0, 0xDB, 0xC0, 0xC4}, "png": {b"IHDR", b"IDAT", b"IEND"}}
@@ -144,8 +156,9 @@ def test_animations_are_refused(format_: str) -> None:
 def test_a_gif_frame_larger_than_its_screen_is_refused() -> None:
     content = bytearray(saved(scene(1).quantize(16), "GIF"))
     frame = content.index(b"\x2c\x00\x00\x00\x00")
-    content[frame + 5 : frame + 9] = struct.pack("<HH", 60_000, 60_000)
-    assert reason(bytes(content)) == PairDrop.TOO_MANY_PIXELS
+    for side, limit in ((60_000, 64_000_000), (1_000, 999_999)):
+        content[frame + 5 : frame + 9] = struct.pack("<HH", side, side)
+        assert reason(bytes(content), ImageSettings(max_pixels=limit)) == PairDrop.TOO_MANY_PIXELS
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "GIF"])
@@ -202,6 +215,10 @@ def test_a_colour_profile_is_applied_then_gone() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     assert reason(saved(scene(1), "JPEG", icc_profile=lab)) == PairDrop.COLOUR_PROFILE
     assert reason(saved(scene(1), "JPEG", icc_profile=b"no profile" * 20)) == PairDrop.COLOUR_PROFILE
+    grey = scene(1).convert("L")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    found = pixels(prepare_image(saved(grey, "PNG", icc_profile=profile), AS_IS, PNG))
+    assert np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= 1
     swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = swapped.index(b"rXYZ"), swapped.index(b"bXYZ")
     swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -270,7 +287,8 @@ def test_pixel_budgets_keep_the_aspect(tmp_path: Path) -> None:
 
 
 def test_a_large_jpeg_is_decoded_small_with_the_same_result() -> None:
-    content = saved(scene(6, 1600, 1200), "JPEG", quality=95)
+    grains = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    content = saved(grains.resize((1600, 1200), Image.Resampling.BICUBIC), "JPEG", quality=95)
     need = ImageNeed(shortest_edge=120)
     found = pixels(prepare_image(content, need, PNG)).astype(int)
     expected = np.asarray(fit(Image.open(io.BytesIO(content)), need), int)

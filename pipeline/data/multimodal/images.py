@@ -181,10 +181,8 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image | R
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
-        if space != {"L": "GRAY"}.get(image.mode, image.mode):
-            # A grey profile on a picture that is stored in colours, and the like: it says nothing about these pixels.
-            return Refused(PairDrop.COLOUR_PROFILE)
+        if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":  # many cameras' grey pictures
+            image = image.convert("RGB")
         converted: Any = ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return Refused(PairDrop.COLOUR_PROFILE)
