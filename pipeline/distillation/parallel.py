@@ -122,8 +122,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of a model that training left spread, gathered on the CPU of every process."""
-    return {name: whole(value.detach()).cpu() for name, value in model.state_dict().items()}
+    """The ``state_dict`` of a model that training left spread, gathered on the CPU of every process.
+
+    For ``model.save_pretrained(folder, state_dict=...)``; tied matrices stay one.
+    """
+    named = model.state_dict(keep_vars=True)
+    gathered = {id(value): whole(value.detach()).cpu() for value in {id(v): v for v in named.values()}.values()}
+    return {name: gathered[id(value)] for name, value in named.items()}
 
 
 def placed_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from pipeline.distillation.objectives import next_token_objective
 from pipeline.distillation.trainer import train
-from tests.flows.torchrun_training import TWO
+from tests.flows.torchrun_training import SHORT, TWO, train_on_policy
 from tests.pipeline.exact_model import ANSWERS, Exact
 
 pytestmark = pytest.mark.flow
@@ -58,6 +59,19 @@ def test_two_processes_end_with_the_weights_of_one(
         for key, expected in model.state_dict().items():
             torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-12, msg=lambda text, k=key: f"{k}: {text}")
         assert json.loads((trained / f"{name}.{index}.json").read_text()) == history
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_student_of_its_own_text_too(trained: Path, tmp_path: Path, sharding: str) -> None:
+    """transformers' Llama in float32: hidden states, tied head, sampling through the cache."""
+    student, history = train_on_policy(replace(SHORT, micro_sequences=None), tmp_path)
+    stored = LlamaForCausalLM.from_pretrained(trained / f"{sharding}-student.0")
+    assert stored.lm_head.weight is stored.model.embed_tokens.weight
+    found = stored.state_dict()
+    for key, expected in student.state_dict().items():
+        torch.testing.assert_close(found[key], expected, rtol=0, atol=2e-6, msg=lambda text, k=key: f"{k}: {text}")
+    losses = [entry["loss"] for entry in json.loads((trained / f"{sharding}-student.0.json").read_text())]
+    assert losses == pytest.approx([entry["loss"] for entry in history], abs=2e-5)
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])

@@ -12,15 +12,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.distillation.batches import Batch, LossSum
 from pipeline.distillation.checkpoints import History
-from pipeline.distillation.objectives import next_token_objective
+from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.objectives import LossSettings, next_token_objective, signal_objective
+from pipeline.distillation.on_policy import Sampling, on_policy_objective, samples_in
 from pipeline.distillation.parallel import join_processes, leave_processes, whole_state
+from pipeline.distillation.teacher_signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
-from tests.pipeline.exact_model import ANSWERS, PLAN, Exact
+from tests.pipeline.exact_model import ANSWERS, PLAN, VOCABULARY, Exact
 
 TWO = replace(PLAN, batch_sequences=4, micro_sequences=1)
+SHORT = replace(TWO, steps=4)
 
 
 def main(folder: Path) -> None:
@@ -37,11 +42,26 @@ def main(folder: Path) -> None:
         except KeyboardInterrupt:
             torch.distributed.barrier()
         _store(folder / f"{sharding}-resumed", plan, stopped)
+        student, history = train_on_policy(replace(SHORT, sharding=sharding), folder / f"{sharding}-student-state")
+        _write(folder / f"{sharding}-student", student, history)
     try:
         _train(replace(TWO, batch_sequences=3), folder / "odd")
     except Exception as error:
         (folder / f"odd-{processes.index}.txt").write_text(f"{type(error).__name__}: {error}")
     leave_processes()
+
+
+def train_on_policy(plan: TrainPlan, checkpoint: Path) -> tuple[nn.Module, History]:
+    """A Llama that learns from a larger one, in half of the steps from its own text."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "eos_token_id": 1, "tie_word_embeddings": True}  # fmt: skip
+    torch.manual_seed(6)
+    student, teacher = (LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)) for layers in (2, 3))
+    source = OnlineSource.open(teacher.eval(), bf16=False)
+    sampling = Sampling(ratio=0.5, prompt_tokens=6, new_tokens=5, temperature=1.0, eos_ids=(1,), seed=2)
+    objective = on_policy_objective(signal_objective(source, LossSettings(LossKind.JSD)), sampling)
+    assert {samples_in(step, sampling) for step in range(plan.steps)} == {True, False}
+    return student, train(student, objective, ANSWERS, plan, checkpoint, "on policy")
 
 
 def _train(plan: TrainPlan, checkpoint: Path, dies_at: int | None = None) -> tuple[nn.Module, History]:
@@ -55,9 +75,16 @@ def _train(plan: TrainPlan, checkpoint: Path, dies_at: int | None = None) -> tup
 
 
 def _store(name: Path, plan: TrainPlan, checkpoint: Path) -> None:
-    model, history = _train(plan, checkpoint)
+    _write(name, *_train(plan, checkpoint))
+
+
+def _write(name: Path, model: nn.Module, history: History) -> None:
     index = join_processes().index
-    save_file(whole_state(model), name.with_suffix(f".{index}.safetensors"))
+    state = whole_state(model)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(name.with_suffix(f".{index}"), state_dict=state)
+    else:
+        save_file(state, name.with_suffix(f".{index}.safetensors"))
     name.with_suffix(f".{index}.json").write_text(json.dumps(history))
 
 
