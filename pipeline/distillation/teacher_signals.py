@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _BLOCK_TOKENS = 64  # about sqrt(V / D), and a divisor of every vocabulary padded for matrix units
 _QUANTA = 2**52  # a probability as an integer: sums are exact, and equal in any order
-_BELOW_ONE = 1 - 2**-53
 _PROBE_TOKENS = 6
 _CHANGING_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -126,15 +125,14 @@ def draw(logits: torch.Tensor, draws: int, generator: torch.Generator) -> torch.
     uniforms = uniforms.to(logits.device).sort(dim=-1).values
 
     ends = (sums.double() * _QUANTA).long().cumsum(dim=-1)  # (P, N)
-    points = (uniforms * ends[:, -1:]).long()  # (P, D)
-    points = torch.minimum(points, ends[:, -1:] - 1)
+    points = (uniforms * ends[:, -1:]).long()  # (P, D), below the last end: uniforms are at most 1 - 2**-53
     chosen = torch.searchsorted(ends, points, right=True)
     before = torch.where(chosen > 0, ends.gather(1, (chosen - 1).clamp_min(0)), 0)
     fractions = (points - before).double() / (ends.gather(1, chosen) - before).double()  # (P, D), below 1
 
     inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK_TOKENS))  # (P, D, 64)
     inner_ends = (inside.double() * _QUANTA).long().cumsum(dim=-1)
-    totals = inner_ends[..., -1:]
+    totals = inner_ends[..., -1:]  # 0 where each of many tokens is less than one quantum
     inner_points = torch.minimum((fractions.unsqueeze(-1) * totals).long(), totals - 1)
     places = torch.searchsorted(inner_ends, inner_points, right=True).squeeze(-1)
     return (chosen * _BLOCK_TOKENS + places).reshape(*shape, draws)

@@ -130,7 +130,7 @@ def test_a_shard_gives_back_its_header_and_its_sequences() -> None:
 def test_a_shard_cut_anywhere_is_damaged() -> None:
     content = seal_shard(HEADER, RECORDS)
     for length in range(len(content)):
-        with pytest.raises(DamagedShardError):
+        with pytest.raises(DamagedShardError, match=f"has {length} "):
             unseal_shard(content[:length])
     with pytest.raises(DamagedShardError):
         unseal_shard(content + b"\0")
