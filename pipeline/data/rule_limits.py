@@ -46,7 +46,7 @@ class WebLimits:
 # (Penedo et al. 2024, arXiv 2406.17557, section 3.5), which found that the rule removes 30 % of all tokens.
 ENGLISH = WebLimits(
     unit="words",
-    min_script_ratio=0.7,
+    min_script_ratio=0.8,
     min_words=50,
     max_words=100_000,
     word_chars=(3, 10),

@@ -140,7 +140,8 @@ def _word_fault(units: _Units, limits: WebLimits) -> DropReason | None:
 
 def _line_fault(text: str, limits: WebLimits, num_units: int) -> DropReason | None:
     most = limits.max_hash_ratio * num_units
-    if text.count("#") > most or text.count("...") + text.count("…") > most:
+    ellipses = text.count("...") + text.count("…") - text.count("……")  # the last is one, in Chinese
+    if text.count("#") > most or ellipses > most:
         return DropReason.MANY_SYMBOLS
     lines = text.split("\n")
     filled = [line for line in lines if line]
