@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import signal
 import statistics
 import sys
@@ -44,11 +45,14 @@ CASES = (
     Case("plain transformers, batch 4", "plain", 4),
     Case("online, bf16 teacher", "online", 16),
     Case("plain transformers, batch 8", "plain", 8),
-    Case("online, bf16 teacher begun early", "online", 16, ahead=True),
+    Case("online, bf16 teacher, begun early", "online", 16, 2, ahead=True),
+    Case("online, bf16 teacher, begun early, wide chunks", "online", 16, 2, chunk_tokens=8192, ahead=True),
     Case("TRL GKDTrainer, batch 4", "trl", 4),
     Case("online, float8 teacher", "float8", 16),
+    Case("online, float8 teacher, begun early", "float8", 16, 2, ahead=True),
     Case("plain transformers, batch 16", "plain", 16),
     Case("stored draws", "stored", 16, chunk_tokens=8192),
+    Case("stored draws, two passes", "stored", 16, 2, chunk_tokens=8192),
 )
 _PEERS = ("plain", "trl")
 
@@ -79,7 +83,9 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = TINY if options.tiny else QWEN
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.preferred_blas_library(options.blas)
     torch._dynamo.config.cache_size_limit = 64
+    torch._inductor.config.coordinate_descent_tuning = options.tune
     print(_device_line(device), flush=True)
     if device.type == "cuda":
         with _at_most(120):
@@ -87,7 +93,7 @@ def main() -> int:
     teachers = _teachers(setting, device, not options.eager)
     _say(began, "models built")
     known = {"stored", *teachers.by_signal} - (set() if peer_trl.available() else {"trl"})
-    cases = [_fit(case, options) for case in CASES if options.only in case.name and case.signal in known]
+    cases = [_fit(case, options) for case in CASES if re.search(options.only, case.name) and case.signal in known]
     results = [Result(case) for case in cases]
     if "float8" in teachers.by_signal:
         with _at_most(120):
@@ -173,12 +179,7 @@ def _teachers(setting: Setting, device: torch.device, compiled: bool) -> Teacher
 
 
 def _fit(case: Case, options: argparse.Namespace) -> Case:
-    if options.tiny:
-        return replace(case, batch_sequences=2, chunk_tokens=20, ahead=False)
-    if case.signal in _PEERS:
-        return case
-    passes = options.micro_batches
-    return replace(case, batch_sequences=case.batch_sequences // passes, micro_batches=passes)
+    return replace(case, batch_sequences=2, chunk_tokens=20, ahead=False) if options.tiny else case
 
 
 def _table(results: list[Result], setting: Setting, options: argparse.Namespace) -> str:
@@ -243,10 +244,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--kernels", action="store_true", help="time products, attention and loss kernels first")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name matches this expression")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=131_072, help="timed tokens a case and round, about")
-    parser.add_argument("--micro-batches", type=int, default=1, help="passes a step of our cases")
+    parser.add_argument("--tune", action="store_true", help="let the compiler search tile sizes of its own kernels")
+    parser.add_argument("--blas", default="default", help="which library multiplies: cublas, cublaslt")
     parser.add_argument("--limit-s", type=int, default=400)
     parser.add_argument("--case-s", type=int, default=120, help="longest time of one case in one round")
     return parser.parse_args()

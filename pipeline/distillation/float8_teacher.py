@@ -79,7 +79,8 @@ class Float8Linear(nn.Module):
 def _scale_of(rows: torch.Tensor) -> torch.Tensor:
     """(N, 1) fp32: what the largest magnitude of a row is divided by to become e4m3's largest."""
     largest = rows.abs().amax(dim=-1, keepdim=True).float()
-    return (largest / _LARGEST).clamp_min(_SMALLEST_SCALE)
+    scale: torch.Tensor = (largest / _LARGEST).clamp_min(_SMALLEST_SCALE)
+    return scale
 
 
 def _check_device(device: torch.device) -> None:
