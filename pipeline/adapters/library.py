@@ -27,7 +27,7 @@ from pipeline.adapters.champion import CHAMPION_LINK
 LIBRARY_FOLDER, INDEX_FILE = "library", "index.json"
 MAX_INDEX_BYTES = 16 << 20
 Kind = Literal["trained", "recovery", "composed", "imported"]
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_.-]{0,63}$")
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Figure = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -98,11 +98,12 @@ def list_records(adapters: Path) -> list[Record]:
         if len(raw) > MAX_INDEX_BYTES:
             raise ValueError(f"longer than {MAX_INDEX_BYTES} bytes")
         return [Record.model_validate(entry) for entry in json.loads(raw)["adapters"]]
-    except (ValidationError, ValueError, RecursionError, TypeError, KeyError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(
-            str(path), message, "an index as stage=adapter writes it", "restore it or move it away"
-        ) from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+    raise UserError(str(path), reason[:200], "an index that stage=adapter wrote", "move it away")
 
 
 def find_record(adapters: Path, name: str) -> Record:

@@ -304,9 +304,8 @@ def _print_list(adapters: Path) -> None:
             for variant, figures in record.scores.items()
         )
         star = " (champion)" if is_champion(adapters, record) else ""
-        print(
-            f"{record.name}{star}: {record.kind}, rank {record.rank}, {' '.join(record.targets)}; {scored or 'no scores'}"
-        )
+        shape = f"{record.kind}, rank {record.rank}, {' '.join(record.targets)}"
+        print(f"{record.name}{star}: {shape}; {scored or 'no scores'}")
 
 
 def _print_record(adapters: Path, record: Record) -> None:
