@@ -23,7 +23,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.data.duplicates import DuplicateIndex
 
 SIDES = ("train", "held_out")
-_CACHE_KIB = 16 << 10  # of the database's pages, whatever its size
+_SETTINGS = ("journal_mode = TRUNCATE", "synchronous = FULL", f"cache_size = -{16 << 10}")  # 16 MiB of pages
 _COPY_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -177,8 +177,8 @@ def _open_database(path: Path, identity: str) -> sqlite3.Connection:
 
 def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None)
-    for pragma in ("journal_mode = TRUNCATE", "synchronous = FULL", f"cache_size = -{_CACHE_KIB}"):
-        database.execute(f"PRAGMA {pragma}")
+    for setting in _SETTINGS:
+        database.execute(f"PRAGMA {setting}")
     return database
 
 

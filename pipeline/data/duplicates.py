@@ -48,6 +48,7 @@ class Cluster:
     copies: int
 
 
+@lru_cache(maxsize=8)
 def choose_bands(threshold: float) -> Bands:
     """The cut that makes false candidates and missed pairs together fewest at a Jaccard threshold (datasketch's)."""
     from datasketch import MinHashLSH

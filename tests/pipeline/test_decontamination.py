@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.formats.errors import UserError
@@ -55,6 +55,7 @@ def test_the_end_of_a_question_runs_into_its_answer(tmp_path: Path) -> None:
     assert contaminated(read_units(" ".join(words[2:15])), read_evaluation([tmp_path / "exam.jsonl"]).hashes)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_english_agrees_with_a_search_word_by_word(data: st.DataObject) -> None:
     rng = random.Random(data.draw(st.integers(0, 10_000)))
@@ -68,6 +69,7 @@ def test_english_agrees_with_a_search_word_by_word(data: st.DataObject) -> None:
     assert contaminated(read_units(" ".join(text)), hashes) is expected
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("一二三x 1。"), max_size=120))
 def test_chinese_agrees_with_a_search_character_by_character(text: str) -> None:
     exam = "一二三" * 12 + " xxx 1 。" + "三二一" * 12

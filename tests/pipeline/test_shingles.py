@@ -9,7 +9,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.shingles import gram_hashes, read_units
@@ -38,6 +38,7 @@ def test_units_are_words_and_characters(text: str, units: list[str], characters:
     assert found.characters.tolist() == [bool(value) for value in characters]
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_units_are_those_of_a_loop_over_characters(text: str) -> None:
     units, run = [], ""
@@ -56,6 +57,7 @@ def test_units_are_those_of_a_loop_over_characters(text: str) -> None:
     assert read_units(text).hashes.tolist() == [_hash(unit) for unit in units]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["alpha", "beta", "gamma", "delta"]), max_size=12), st.integers(1, 6))
 def test_equal_grams_have_equal_hashes_and_others_do_not(words: list[str], length: int) -> None:
     hashes = gram_hashes(read_units(" ".join(words)).hashes, length).tolist()
