@@ -1,11 +1,11 @@
-"""What stored targets cost: bytes a position, decoding, and on a GPU the draws beside the teacher's forward pass.
+"""What stored targets cost: bytes a position, decoding, and what recording adds to the teacher's forward pass.
 
-Every format holds the same distributions; all are decoded in turn into ids and weights of the same shape, and the
-CPU seconds of this process count, on one thread. Distributions are over 152,064 tokens: uniform, Zipf (p ~ 1 / rank),
-"text" (Zipf with an exponent between 1 and 4 for each position) and sharp (exponent 4). With --device cuda a teacher of
-the 7B shape with random weights is run beside the draws, timed by events.
+Every format holds the same distributions; all are decoded in turn into ids and weights, and the CPU seconds of this
+process count, on one thread. Distributions are over 152,064 tokens: uniform, Zipf (p ~ 1 / rank), "text" (Zipf with an
+exponent between 1 and 4 for each position) and sharp (exponent 4).
 
-    python benchmarks/stored_targets.py [--repeats 9] [--device cuda [--layers 28]]
+python benchmarks/stored_targets.py                    # any CPU
+python benchmarks/stored_targets.py --teacher 7b       # one GPU of 80 GB; --teacher tiny: any CPU, does it run
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,27 +25,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from benchmarks.distillation_trial.models import QWEN, TINY, Setting, build_model, freeze
 from benchmarks.machine import heading
 from pipeline.distillation.stored_targets import StoredTargets, record_targets
 from pipeline.distillation.target_codec import decode_draws, decode_top_k, encode_draws, encode_top_k
 from pipeline.distillation.teacher_signals import draw, head_logits, last_hidden
 
 VOCABULARY, DRAWS, TOP, TOKENS = 152_064, 32, 50, 1024
+SEQUENCES, CHUNK = 16, 1024  # of one pass of the teacher; positions whose logits exist at once
 EXPONENTS = {"uniform": (0.0, 0.0), "Zipf": (1.0, 1.0), "text": (1.0, 4.0), "sharp": (4.0, 4.0)}
-QWEN_7B: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-Coded = tuple[bytes, Callable[[], Any]]
+TEACHERS = {"7b": QWEN, "tiny": TINY}
 
 
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--layers", type=int, default=28, help="of the teacher on the GPU")
+    parser.add_argument("--teacher", choices=list(TEACHERS), help="record with a teacher of this shape instead")
     options = parser.parse_args()
+    if options.teacher:
+        _print_recording(TEACHERS[options.teacher], options.repeats)
+        return 0
     print(heading(f"stored targets of {VOCABULARY:,} tokens, {DRAWS} draws: bytes a position and decoding on one core"))
     print(
         "| distribution | distinct ids | format | bytes a position | encoded, 1000 tokens/s | decoded, 1000 tokens/s |"
@@ -53,12 +54,6 @@ def main() -> int:
     for name, exponents in EXPONENTS.items():
         for row in _format_rows(name, exponents, options.repeats):
             print(row, flush=True)
-    if options.device == "cuda":
-        print("\n" + heading(f"drawing {DRAWS} of {VOCABULARY:,} tokens beside a {options.layers}-layer 7B's forward"))
-        print(f"{torch.cuda.get_device_name()}; bf16, 16 sequences of {TOKENS:,}\n")
-        print("| part | us a token | of the forward pass |")
-        print("|---|---|---|")
-        print("\n".join(_gpu_rows(options.layers, options.repeats)))
     return 0
 
 
@@ -130,67 +125,71 @@ def _cpu_s(action: Callable[[], Any]) -> float:
     return spent / calls
 
 
-def _gpu_rows(layers: int, repeats: int) -> list[str]:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def _print_recording(setting: Setting, repeats: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"### recording {DRAWS} draws of {setting.vocabulary:,} tokens beside the teacher's forward pass\n")
+    print(
+        f"{where}; torch {torch.__version__.partition('+')[0]}; bf16, {SEQUENCES} x {setting.sequence_tokens} tokens\n"
+    )
+    print("| part | us a token | of the forward pass |\n|---|---|---|")
+    with torch.inference_mode():
+        teacher = freeze(build_model(setting.teacher, setting, device, 0, torch.bfloat16))
+        medians = _part_us(teacher, setting, repeats)
+    forward = medians["forward to the last hidden states"] + medians["logits, bf16"]
+    medians |= {"recording, codes and files included": _recording_us(teacher, setting)}
+    for name, value in medians.items():
+        print(f"| {name} | {value:.3f} | {value / forward:.1%} |")
 
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        teacher = Qwen2ForCausalLM(Qwen2Config(**QWEN_7B, num_hidden_layers=layers, tie_word_embeddings=False)).eval()
-        torch.set_default_dtype(torch.float32)
-    tokens = torch.randint(0, VOCABULARY, (16, TOKENS))
-    positions, head = tokens.numel(), teacher.lm_head.weight.detach()
-    hidden = last_hidden(teacher, tokens, bf16=False).flatten(0, 1)
-    logits = head_logits(hidden[:1024], head) * 3
+
+def _part_us(teacher: Any, setting: Setting, repeats: int) -> dict[str, float]:
+    """Microseconds a token of each part, run in turn."""
+    tokens = torch.randint(0, setting.vocabulary, (SEQUENCES, setting.sequence_tokens))
+    head = teacher.get_output_embeddings().weight
+    chunk = last_hidden(teacher, tokens, bf16=False).flatten(0, 1)[:CHUNK]
+    logits = head_logits(chunk, head) * 3
     generator = torch.Generator().manual_seed(0)
-    device_generator = torch.Generator("cuda").manual_seed(0)
 
-    def whole_draw(chunk: torch.Tensor) -> torch.Tensor:
-        cumulative = torch.softmax(chunk.double(), dim=-1).cumsum(dim=-1)
-        uniforms = torch.rand(len(chunk), DRAWS, device="cuda", generator=device_generator, dtype=torch.float64)
-        return torch.searchsorted(cumulative, uniforms.sort(dim=-1).values * cumulative[:, -1:], right=True)
+    def draw_from_one_sum() -> torch.Tensor:
+        cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+        uniforms = torch.rand(len(logits), DRAWS, generator=generator, dtype=torch.float64).to(logits.device)
+        return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
 
     parts: dict[str, tuple[Callable[[], Any], int]] = {
-        "forward to the last hidden states": (lambda: last_hidden(teacher, tokens, bf16=False), positions),
-        "logits, bf16": (lambda: hidden[:1024] @ head.T, 1024),
-        "logits, float32 from bf16": (lambda: head_logits(hidden[:1024], head), 1024),
-        "draws in two levels": (lambda: draw(logits, DRAWS, generator), 1024),
-        "draws from one cumulative sum in float64": (lambda: whole_draw(logits), 1024),
+        "forward to the last hidden states": (lambda: last_hidden(teacher, tokens, bf16=False), tokens.numel()),
+        "logits, bf16": (lambda: chunk @ head.T, len(chunk)),
+        "logits, float32 sums": (lambda: head_logits(chunk, head), len(chunk)),
+        "draws in two levels": (lambda: draw(logits, DRAWS, generator), len(chunk)),
+        "draws from one cumulative sum in float64": (draw_from_one_sum, len(chunk)),
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(repeats + 1):  # the first warms up
         for name, (action, count) in parts.items():
-            times[name].append(_gpu_us(action) / count)
-    medians = {name: float(np.median(values[1:])) for name, values in times.items()}
-    forward = medians["forward to the last hidden states"] + medians["logits, bf16"]
-    rows = [f"| {name} | {value:.3f} | {value / forward:.1%} |" for name, value in medians.items()]
-    return [*rows, _recording_row(teacher, forward)]
+            times[name].append(1e6 * _wall_s(action) / count)
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
-def _recording_row(teacher: Any, forward_us: float) -> str:
-    """The whole of it: forward, draws, codes, files; 64 sequences after a first shard that warms up."""
-    import tempfile
-
-    sequences = np.random.default_rng(0).integers(0, VOCABULARY, (96, TOKENS)).astype(np.int32)
+def _recording_us(teacher: Any, setting: Setting) -> float:
+    """Microseconds a token of everything: the second shard of two."""
+    shard = 4 * SEQUENCES
+    tokens = np.random.default_rng(0).integers(0, setting.vocabulary, (2 * shard, setting.sequence_tokens))
     with tempfile.TemporaryDirectory() as folder:
         run = record_targets(
-            teacher, sequences, Path(folder), draws=DRAWS, seed=0, bf16=False, shard_sequences=32, batch_sequences=16
-        )
+            teacher, tokens.astype(np.int32), Path(folder), draws=DRAWS, seed=0, bf16=False, shard_sequences=shard,
+            batch_sequences=SEQUENCES, chunk_positions=CHUNK,
+        )  # fmt: skip
         next(run)
-        start = time.perf_counter()
-        list(run)
-        spent_us = 1e6 * (time.perf_counter() - start) / (64 * TOKENS)
+        spent_s = _wall_s(lambda: next(run))
         StoredTargets.open(Path(folder))
-    return f"| recording, files and codes included | {spent_us:.3f} | {spent_us / forward_us:.1%} |"
+    return 1e6 * spent_s / (shard * setting.sequence_tokens)
 
 
-def _gpu_us(action: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def _wall_s(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
     action()
-    end.record()
-    torch.cuda.synchronize()
-    return 1000 * float(start.elapsed_time(end))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -100,9 +100,8 @@ class StoredSource:
 def draw(logits: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
     """Sample ids (..., D), ascending, with replacement from softmax(logits) (..., V).
 
-    Inverse transform in two levels: the block of 64 tokens that a uniform falls into, then the token
-    within. Only sums of blocks go over the whole vocabulary; masses are integers, so that the result does
-    not depend on the order of additions and a token without probability is never drawn.
+    Inverse transform; for large vocabularies in two levels: the block of 64 tokens that a uniform falls into,
+    then the token within, so that only sums of blocks go over the whole vocabulary.
 
     Args:
         logits: Float; float32 is computed in.
@@ -123,19 +122,26 @@ def draw(logits: torch.Tensor, draws: int, generator: torch.Generator) -> torch.
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError("the teacher's logits are not finite")
     uniforms = uniforms.to(logits.device).sort(dim=-1).values
-
-    ends = (sums.double() * _QUANTA).long().cumsum(dim=-1)  # (P, N)
-    points = (uniforms * ends[:, -1:]).long()  # (P, D), below the last end: uniforms are at most 1 - 2**-53
-    chosen = torch.searchsorted(ends, points, right=True)
-    before = torch.where(chosen > 0, ends.gather(1, (chosen - 1).clamp_min(0)), 0)
-    fractions = (points - before).double() / (ends.gather(1, chosen) - before).double()  # (P, D), below 1
-
+    if vocabulary <= _BLOCK_TOKENS * draws:  # the blocks chosen are no less than all of them
+        return _invert(masses, uniforms)[0].reshape(*shape, draws)
+    chosen, fractions = _invert(sums, uniforms)
     inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK_TOKENS))  # (P, D, 64)
-    inner_ends = (inside.double() * _QUANTA).long().cumsum(dim=-1)
-    totals = inner_ends[..., -1:]  # 0 where each of many tokens is less than one quantum
-    inner_points = torch.minimum((fractions.unsqueeze(-1) * totals).long(), totals - 1)
-    places = torch.searchsorted(inner_ends, inner_points, right=True).squeeze(-1)
-    return (chosen * _BLOCK_TOKENS + places).reshape(*shape, draws)
+    places, _ = _invert(inside, fractions.unsqueeze(-1))
+    return (chosen * _BLOCK_TOKENS + places.squeeze(-1)).reshape(*shape, draws)
+
+
+def _invert(masses: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where points (..., D) in [0, 1) fall among masses (..., N), and how far into the one they fall into.
+
+    Masses become integers: sums do not depend on the order of additions, and nothing falls on a zero.
+    """
+    ends = (masses.double() * _QUANTA).long().cumsum(dim=-1)
+    targets = (points * ends[..., -1:]).long()  # below the last end, as points are at most 1 - 2**-53
+    chosen = torch.searchsorted(ends, targets, right=True)
+    chosen = chosen.clamp_max(masses.shape[-1] - 1)  # for many masses, each less than a quantum
+    before = torch.where(chosen > 0, ends.gather(-1, (chosen - 1).clamp_min(0)), 0)
+    width = (ends.gather(-1, chosen) - before).clamp_min(1)
+    return chosen, (targets - before).double() / width.double()
 
 
 @torch.no_grad()

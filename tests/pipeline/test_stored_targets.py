@@ -73,7 +73,7 @@ def test_only_draws_estimate_the_dense_loss_and_its_gradient(
 ) -> None:
     """1,024 recordings of the same six positions, through disk: 4 standard errors, which a top-k exceeds by far."""
     same = np.tile(np.array([[9, 1, 200, 4, 77, 31]], np.int32), (1024, 1))
-    list(record_targets(teacher, same, tmp_path, **(SETTINGS | {"kind": kind, "batch_sequences": 64})))
+    list(record_targets(teacher, same, tmp_path, **(SETTINGS | {"kind": kind, "draws": 4, "batch_sequences": 64})))
     signal = StoredTargets.open(tmp_path).read(np.arange(1024))
     tokens = torch.from_numpy(same[:1].astype(np.int64))
     with torch.no_grad():

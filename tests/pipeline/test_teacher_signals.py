@@ -28,13 +28,15 @@ DRAWS = 50_000
 
 
 @pytest.mark.parametrize("vocabulary", [40, 64, 200])  # less than a block, one block, blocks and a rest
-def test_draws_follow_the_softmax(vocabulary: int) -> None:
+@pytest.mark.parametrize("draws", [DRAWS, 1])  # in one level; in two
+def test_draws_follow_the_softmax(vocabulary: int, draws: int) -> None:
     """Chi-square of four distributions, uniform to sharp; a sampler off by one token or by one percent fails."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(2, 2, 1)
     logits = torch.randn(2, 2, vocabulary, generator=generator) * spread
-    ids = draw(logits, DRAWS, generator)
-    assert ids.shape == (2, 2, DRAWS) and ids.dtype == torch.int64
+    ids = draw(logits.repeat_interleave(DRAWS // draws, 0), draws, generator)
+    assert ids.shape == (2 * DRAWS // draws, 2, draws) and ids.dtype == torch.int64
+    ids = ids.reshape(2, -1, 2, draws).transpose(1, 2).flatten(2)
     probabilities = torch.softmax(logits.double(), dim=-1).reshape(4, -1).numpy()
     for expected, found in zip(probabilities, ids.reshape(4, -1), strict=True):
         counts = np.bincount(found.numpy(), minlength=vocabulary)
@@ -47,7 +49,7 @@ def test_draws_follow_the_softmax(vocabulary: int) -> None:
 
 def test_draws_are_the_inverse_of_the_cumulative_distribution() -> None:
     """The same uniforms through NumPy's cumsum and searchsorted: equal but where rounding decides."""
-    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    logits = torch.randn(50, 5000, generator=torch.Generator().manual_seed(0)) * 3
     ids = draw(logits, 32, torch.Generator().manual_seed(5))
     uniforms = torch.rand(50, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64).sort(-1).values
     cumulative = np.cumsum(torch.softmax(logits.double(), -1).numpy(), -1)
@@ -69,7 +71,8 @@ def test_draws_within_a_position_are_independent() -> None:
 def test_a_token_without_probability_is_never_drawn(possible: list[int]) -> None:
     logits = torch.full((1, 5000, 200), -torch.inf)
     logits[..., possible] = torch.tensor([0.0, 2.0])
-    assert draw(logits, 8, torch.Generator().manual_seed(0)).unique().tolist() == possible
+    for draws in (2, 8):
+        assert draw(logits, draws, torch.Generator().manual_seed(0)).unique().tolist() == possible
 
 
 def test_uniforms_at_both_ends_give_the_first_and_the_last_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
