@@ -17,9 +17,9 @@ PLACEHOLDERS: Mapping[str, str] = {
     "ip": "[IP]",
 }
 
-# What beside a number makes it part of something longer: a letter or digit, and a digit behind one of -./+*. A
+# What beside a number makes it part of something longer: a letter or digit, also behind a sign such as - or +. A
 # placeholder's end counts as what it replaced, so that whatever was left once is left again.
-_BEFORE = r"(?<![0-9A-Za-z_@/])(?<![0-9A-Za-z_]-)(?<![0-9][./+*])(?<![A-Z]\])(?<![A-Z]\][-./+*])"
+_BEFORE = r"(?<![0-9A-Za-z_@/])(?<![0-9A-Za-z_]-)(?<![0-9][./])(?<![0-9A-Za-z_][+*])(?<![A-Z]\])(?<![A-Z]\][-./+*])"
 _AFTER = r"(?![0-9A-Za-z_@/]|\[[A-Z]|[-.+*](?:[0-9]|\[[A-Z]))"
 _SPACED_BEFORE = _BEFORE + r"(?<![0-9] )(?<![A-Z]\] )"  # groups of digits, of which there might be more
 _SPACED_AFTER = _AFTER + r"(?! (?:[0-9]|\[[A-Z]))"
