@@ -155,7 +155,9 @@ def test_numbers_that_would_exhaust_memory_are_refused_even_with_a_right_digest(
         unseal_shard(seal_shard(replace(HEADER, **change), RECORDS))
 
 
-def test_an_index_of_too_few_sequences_is_refused() -> None:
+def test_an_index_of_another_number_of_sequences_is_refused() -> None:
+    with pytest.raises(DamagedShardError, match="index"):
+        unseal_shard(seal_shard(replace(HEADER, num_sequences=2), RECORDS))
     with pytest.raises(DamagedShardError, match="index"):
         unseal_shard(seal_shard(HEADER, RECORDS[:2]))
     with pytest.raises(DamagedShardError, match="index"):
