@@ -52,7 +52,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _shrink(conf: Path) -> None:
     ci = yaml.safe_load((CONF_DIR / "experiment" / "ci.yaml").read_text())
-    shutil.copy2(conf / "teacher" / "from_scratch_ci.yaml", conf / "teacher" / "from_scratch.yaml")
+    shutil.copy2(conf / "teacher" / "from_scratch_ci.yaml", conf / "teacher" / "reference.yaml")
     files = {"distill": "distill/default", "export": "export/default"}
     for group, file in {**files, "runtime": "runtime/default", "gate": "gate/default"}.items():
         path = conf / f"{file}.yaml"
