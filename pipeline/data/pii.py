@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 PLACEHOLDERS: Mapping[str, str] = {
@@ -34,6 +34,7 @@ _COMMON_TOP_LEVELS = frozenset(("com", "org", "net", "edu", "gov", "cn", "hk", "
 _RESERVED = re.compile(r"(?:.*\.)?(?:example(?:\.(?:com|net|org))?|test|invalid|localhost|local)", re.IGNORECASE)
 
 _LONG_NUMBER = re.compile(r"[0-9](?:[ ()）-]{0,2}[0-9]){6}")  # no card, phone or identity number is shorter
+_ZONE_CHARS = 48  # an IBAN may begin 30 characters before its first long number, and end as far behind
 _IBAN = re.compile(_BEFORE + r"[A-Z]{2}[0-9]{2}(?: ?[0-9A-Z]{4}){2,7}(?: ?[0-9A-Z]{1,3})?(?![0-9A-Za-z_@\[])")
 _CHINESE_ID = re.compile(_BEFORE + r"[1-8][0-9]{5}(?:19|20)[0-9]{2}[01][0-9][0-3][0-9]{4}[0-9Xx]" + _AFTER)
 _CARD = re.compile(
@@ -61,8 +62,9 @@ _COUNTRY = re.compile(
     r"1[2-9][0-9]{2}[2-9][0-9]{6}|7[3-9][0-9]{9}|86(?:1[3-9][0-9]{9}|[1-9][0-9]{8,10})"
     r"|(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[124]|9[0-58])[0-9]{7,12}|(?:2[1-69]|3[578]|42|5[09]|6[78]|85|88|9[679])[0-9]{7,12}"
 )
-_IPV4 = re.compile(r"(?<![0-9A-Za-z_.-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|\.[0-9]|-[0-9A-Za-z])")
+_IPV4 = re.compile(r"[0-9](?<![0-9A-Za-z_.-][0-9])[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|\.[0-9]|-[0-9A-Za-z])")
 _IPV6 = re.compile(r"(?<![0-9A-Za-z_:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){3,7}(?![0-9A-Za-z_:]|\.[0-9])")
+_COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:")
 _VERSION_PART = 20  # versions and sections seldom go beyond; addresses seldom stay below in three of four places
 
 
@@ -88,16 +90,10 @@ def scrub(text: str) -> Scrubbed:
     counts: dict[str, int] = {}
     if "@" in text:
         text = _replace_emails(text, counts)
-    if _LONG_NUMBER.search(text):
-        text = _replace(_IBAN, "iban", text, counts, _iban_part)
-        text = _replace(_CHINESE_ID, "cn_id", text, counts, _chinese_id_part)
-        text = _replace(_CARD, "card", text, counts, _card_part)
-        text = _replace(_NATIONAL_PHONE, "phone", text, counts, _whole)
-        if "+" in text:
-            text = _replace(_E164, "phone", text, counts, _e164_part)
+    text = _replace_numbers(text, counts)
     if "." in text:
         text = _replace(_IPV4, "ip", text, counts, _ipv4_part)
-    if ":" in text:
+    if _COLONS.search(text):
         text = _replace(_IPV6, "ip", text, counts, _ipv6_part)
     return Scrubbed(text, counts)
 
@@ -117,6 +113,37 @@ def _replace_emails(text: str, counts: dict[str, int]) -> str:
         done = match.end()
         counts["email"] = counts.get("email", 0) + 1
     return "".join(parts) + text[done:] if parts else text
+
+
+def _replace_numbers(text: str, counts: dict[str, int]) -> str:
+    """Look around long numbers only: the patterns below are slow, and most of a text has none."""
+    parts: list[str] = []
+    done = 0
+    for start, end in _zones(text):
+        parts += text[done:start], _replace_in_zone(text[start:end], counts)
+        done = end
+    return "".join(parts) + text[done:] if parts else text
+
+
+def _zones(text: str) -> Iterator[tuple[int, int]]:
+    """Half-open ranges around long numbers, apart from each other and in order."""
+    zone: tuple[int, int] | None = None
+    for number in _LONG_NUMBER.finditer(text):
+        start, end = max(0, number.start() - _ZONE_CHARS), number.end() + _ZONE_CHARS
+        if zone is not None and start > zone[1]:
+            yield zone
+            zone = None
+        zone = (start if zone is None else zone[0], end)
+    if zone is not None:
+        yield zone
+
+
+def _replace_in_zone(text: str, counts: dict[str, int]) -> str:
+    text = _replace(_IBAN, "iban", text, counts, _iban_part)
+    text = _replace(_CHINESE_ID, "cn_id", text, counts, _chinese_id_part)
+    text = _replace(_CARD, "card", text, counts, _card_part)
+    text = _replace(_NATIONAL_PHONE, "phone", text, counts, _whole)
+    return _replace(_E164, "phone", text, counts, _e164_part) if "+" in text else text
 
 
 def _replace(

@@ -114,6 +114,15 @@ def test_scrubbing_again_changes_nothing(text: str) -> None:
     assert len(once.text) <= len(text) + once.counts.get("email", 0)
 
 
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=6).map("".join), st.integers(0, 60), st.integers(0, 60))
+def test_what_stands_far_away_changes_nothing(text: str, before: int, after: int) -> None:
+    """Numbers are sought in zones; wherever a zone is cut, the same is found."""
+    alone = scrub(f" is {text} is ")
+    among = scrub("word " * before + f" is {text} is " + " word" * after)
+    assert among.text == "word " * before + alone.text + " word" * after and among.counts == alone.counts
+
+
 @given(st.text())
 def test_any_text_can_be_scrubbed(text: str) -> None:
     once = scrub(text)
