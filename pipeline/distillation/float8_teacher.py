@@ -64,7 +64,7 @@ class Float8Linear(nn.Module):
         """(..., in) bf16 to (..., out) bf16."""
         rows = inputs.flatten(0, -2)
         scale = _scale_of(rows)
-        outputs = torch._scaled_mm(
+        outputs: torch.Tensor = torch._scaled_mm(
             (rows / scale).to(FLOAT8),
             self.weight.T,
             scale_a=scale,
@@ -78,7 +78,7 @@ class Float8Linear(nn.Module):
 
 def _scale_of(rows: torch.Tensor) -> torch.Tensor:
     """(N, 1) fp32: what the largest magnitude of a row is divided by to become e4m3's largest."""
-    largest = rows.abs().amax(dim=-1, keepdim=True).float()
+    largest: torch.Tensor = rows.abs().amax(dim=-1, keepdim=True).float()
     scale: torch.Tensor = (largest / _LARGEST).clamp_min(_SMALLEST_SCALE)
     return scale
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edge_runtime.formats.errors import UserError
-from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.divergences import LossKind, dense_divergence, overwrite_dense
 from pipeline.distillation.head_losses import Labels, head_loss
 from pipeline.distillation.teacher_signals import DenseSignal, SparseSignal
 
@@ -177,6 +177,18 @@ def test_probabilities_that_vanish_leave_loss_and_gradients_finite(kind: LossKin
     log_q = torch.log_softmax(hidden.double() @ head.double().T * 200, -1)
     assert bool((log_q.float().exp() == 0).any())
     assert all(bool(torch.isfinite(x).all()) for x in (total, *torch.autograd.grad(total, (hidden, head))))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_token_that_both_exclude_is_as_if_it_were_not_there(kind: LossKind) -> None:
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    excluded = [torch.cat((logits, torch.full((5, 1), -torch.inf)), dim=1) for logits in (student, teacher)]
+    divergence = dense_divergence(kind, 1.2, beta=0.3, skew=0.2)
+    losses = overwrite_dense(divergence, student, teacher)
+    torch.testing.assert_close(overwrite_dense(divergence, *excluded), losses, rtol=1e-14, atol=0)
+    torch.testing.assert_close(excluded[0][:, :9], student, rtol=0, atol=1e-15)
+    assert not excluded[0][:, 9].any()
 
 
 @pytest.mark.parametrize("counts", [torch.zeros(POSITIONS, dtype=torch.bool), None])
