@@ -79,8 +79,8 @@ def main() -> int:
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" and not options.tiny:
-        print("needs a GPU of 80 GB; --tiny runs small shapes anywhere", file=sys.stderr)
-        return 2
+        print("not run: needs a GPU of 80 GB; --tiny runs small shapes anywhere")
+        return 0  # `make bench` goes on with the other scripts
     setting = TINY if options.tiny else QWEN
     torch.backends.cuda.matmul.allow_tf32 = True
     torch._dynamo.config.cache_size_limit = 64
