@@ -226,6 +226,43 @@ def test_a_prompt_template_gives_one_text_an_exchange(tokenizer: Tokenizer) -> N
     assert not cut
 
 
+LOOP = "{% for m in messages %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        # the token that begins the next turn does not end this one; the last answer is ended by ours
+        (
+            LOOP + "{% if m.role == 'user' %}{{ bos_token + m.content + '\n' }}{% else %}{{ m.content }}{% endif %}"
+            "{% endfor %}",
+            ["A word.", "return x  # 7\n  and more</s>"],
+        ),
+        # a generation block without the end-of-turn token would teach not to stop
+        (
+            LOOP + "{% if m.role == 'user' %}{{ m.content + '\n' }}{% else %}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endif %}{% endfor %}",
+            ["A word.</s>", "return x  # 7\n  and more</s>"],
+        ),
+        # a prompt that ends in white space needs no more of it
+        ("{{ messages[-1].content }}:\n\n{{ ' ' }}", ["A word.</s>", "return x  # 7\n  and more</s>"]),
+    ],
+)
+def test_answers_end_where_something_ends_them(tokenizer: Tokenizer, template: str, said: list[str]) -> None:
+    encoder = text_encoder(tokenizer)
+    chats, _ = encode_conversation(encoder, chat_format(encoder, template, 1, 0), CONVERSATIONS[0], 1, 500, "row")
+    decoded = "|".join(tokenizer.decode(c.tokens[c.answers].tolist(), skip_special_tokens=False) for c in chats)
+    assert decoded.replace("|", "") == "".join(said)
+
+
+def test_an_answer_keeps_its_leading_space_where_no_generation_prompt_fits(tokenizer: Tokenizer) -> None:
+    template = (
+        LOOP + "{{ m.role + '\n' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}X{% endif %}"
+    )
+    ours = _encode(tokenizer, template, (ASK, ("assistant", "  two spaces")))
+    assert tokenizer.decode(ours.tokens[ours.answers].tolist(), skip_special_tokens=False) == "  two spaces</s>"
+
+
 def test_a_long_conversation_is_cut_behind_an_answer(tokenizer: Tokenizer) -> None:
     special = _with_special(tokenizer, CHATML)
     encoder = text_encoder(special)
