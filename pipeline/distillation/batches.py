@@ -104,6 +104,8 @@ def split_rows(rows: NDArray[np.int64], micro_sequences: int | None) -> list[NDA
 
 def batch_to_device(batch: Batch, device: torch.device) -> Batch:
     """Tokens and signal of a batch on ``device``."""
+    if device.type == "cuda":  # a thread starts on the first GPU, whichever the process uses
+        torch.cuda.set_device(device)
     return replace(batch, tokens=to_device(batch.tokens, device), signal=to_device(batch.signal, device))
 
 
