@@ -12,7 +12,7 @@ from pipeline.data.characters import Script, count_scripts
 
 UNDETERMINED = "und"  # ISO 639-2's code
 
-_SAMPLE_CHARS = 600  # the model is right on 99.8 % of English texts of 200 characters, and reads 2 MB/s
+_SAMPLE_CHARS = 300  # the model is right on all English texts of 200 characters that were tried, and reads 2 MB/s
 _MIN_KANA_RATIO = 0.1  # of kana and Han; Chinese decorates with a の now and then
 _MIN_HANGUL_RATIO = 0.3  # of the letters
 _LATIN_WORD = re.compile("[A-Za-z\u00c0-\u024f]+")

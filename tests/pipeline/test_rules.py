@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,14 @@ def test_repetition_counts_as_its_definition_does(words: list[str], spaced: bool
     limits = ENGLISH if spaced else CHINESE
     found = repetition(ids, lengths, text_chars, int(spaced), limits)
     assert found == _count_repetition(words, text_chars, " " if spaced else "", limits.top_grams, limits.repeated_grams)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.49, "repeated_passages"), (0.51, None)])
+def test_no_character_of_a_repeated_passage_counts_twice(ratio: float, expected: str | None) -> None:
+    """Twice ten words: ten of twenty repeat, though six grams of five begin among them."""
+    limits = replace(ENGLISH, top_grams=(), repeated_grams=((5, ratio),))
+    ids = np.tile(np.arange(10), 2)
+    assert repetition(ids, np.full(20, 3), 60, 1, limits) == expected
 
 
 def test_shares_of_repeated_parts() -> None:
