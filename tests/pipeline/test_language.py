@@ -20,7 +20,7 @@ from pipeline.data.sources import python_documents
         ("en", "Hello|ok|Yes|Thank you|What is 2 + 2?|def f(x): return x|import numpy as np|The cat sat on the mat."),
         (
             "zh",
-            "你好|东京|這是繁體中文|iPhone 手机|用 Python 写 tests|使用 Python 的 list comprehension 语法|鲜の每日橙汁今天上市了",
+            "你好|东京|這是繁體中文|用 Python 写 tests|使用 Python 的 list comprehension 语法|鲜の每日橙汁今天上市了",
         ),
         ("ja", "こんにちは|カタカナ|東京大学図書館|彼は先生です|Pythonのリスト内包表記を使う|駅"),
         ("ko", "안녕|안녕하세요|한국어 문장입니다. Python 사용"),
