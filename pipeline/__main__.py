@@ -29,11 +29,13 @@ usage: python -m pipeline [KEY=VALUE ...]
   python -m pipeline experiment=qwen2_5_7b      a 7B from the hub; also experiment=llama_7b
   python -m pipeline stage=export submodel=tiny one stage, in place
   python -m pipeline stage=gate candidate=DIR   a federation's adapter: champion if it beats the one there is
+  python -m pipeline stage=adapter submodel=tiny action=train adapter.name=recovery
+                                                the adapter library: train list show score compose remove
 
 stages       clean teacher targets distill quantize export evaluate package report register
              ship = quantize + export + evaluate + package of one submodel in one process
-             gate is no step of a run: candidate=DIR [package=DIR] [gate.text=FILE] [gate.margin=NATS]
-groups       data teacher submodel distill quantize export gate track runtime experiment (files in conf/)
+             gate and adapter are no steps of a run: candidate=DIR [package=DIR] [gate.text=FILE] [gate.margin=NATS]
+groups       data teacher submodel distill quantize export gate adapter track runtime experiment (files in conf/)
 settings     any key of conf/, for example distill.steps=400 quantize.rounding=rtn 'export.containers=[onnx]'
 output       artifacts/packages/<submodel>/  reports/family.json  reports/index.html  (runs/<digest>/... with overrides)
 exit codes   0 done, 2 something you can correct (one line each on stderr), 3 a gate refused a submodel or an adapter
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     from pipeline.artifacts import Layout
     from pipeline.config import config_digest, load_configs
-    from pipeline.flow import GATE, STAGES, execute, planned
+    from pipeline.flow import ADAPTER, GATE, STAGES, execute, planned
     from pipeline.plan import print_plan, require_resources, require_sources
     from pipeline.summary import print_summary
 
@@ -76,6 +78,8 @@ def _run(arguments: list[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments)
     if first.stage == GATE:
         return _gate(first, given)
+    if first.stage == ADAPTER:
+        return _adapter(configs, given)
     in_place = set(given) <= {"dry_run"} or ("stage" in given and set(given) <= {"stage", "submodel", "dry_run"})
     layout = Layout(PROJECT if in_place else PROJECT / "runs" / config_digest(configs))
     chosen = [
@@ -112,6 +116,36 @@ def _gate(config: Config, given: dict[str, str]) -> int:
     if "submodel" in given:
         raise UserError("submodel", given["submodel"], "none with stage=gate, the package names it", "leave it out")
     run(config, Layout(PROJECT))
+    return 0
+
+
+def _adapter(configs: dict[str, Config], given: dict[str, str]) -> int:
+    """One action of a submodel's adapter library; what is not about it names the run that it belongs to."""
+    from dataclasses import fields
+
+    from edge_runtime.formats.errors import UserError
+    from pipeline.artifacts import Layout
+    from pipeline.config import config_digest
+    from pipeline.distillation.from_config import uses_bf16
+    from pipeline.flow import STAGES, prepare_process
+    from pipeline.stages.adapter import AdapterContext, AdapterSettings, run_action
+
+    if "submodel" not in given:
+        names = ", ".join(configs)
+        raise UserError("submodel", "none", names, f"add submodel={next(iter(configs))}")
+    config = configs[given["submodel"]]
+    of_run = {key for key in given if key not in ("stage", "action", "submodel", "package")}
+    in_place = all(key.startswith("adapter.") for key in of_run)
+    layout = Layout(PROJECT if in_place else PROJECT / "runs" / config_digest(configs))
+    prepare_process(STAGES["distill"], config)
+    values = config.adapter.model_dump()
+    values["targets"] = None if values["targets"] is None else tuple(values["targets"])
+    settings = AdapterSettings(**{field.name: values[field.name] for field in fields(AdapterSettings)})
+    context = AdapterContext(
+        layout, config.submodel.name, PROJECT / config.track.store, config.package, config.threads, config.seed,
+        uses_bf16(config),
+    )  # fmt: skip
+    run_action(str(config.action), settings, context)
     return 0
 
 

@@ -76,7 +76,7 @@ def _broken_chain(left: dict[str, Config], members: dict[str, Config]) -> str:
 
 def config_digest(configs: dict[str, Config]) -> str:
     """Twelve hex digits that name this configuration; what is run of it does not count."""
-    left_out = {"stage", "dry_run", "candidate", "package"}
+    left_out = {"stage", "dry_run", "action", "candidate", "package", "adapter"}
     values = {name: config.model_dump(mode="json", exclude=left_out) for name, config in configs.items()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

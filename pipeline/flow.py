@@ -161,12 +161,13 @@ STAGES = {
 }
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
 GATE = "gate"  # judges a federation's candidate whenever there is one; no step of a run, and nothing of DVC's
+ADAPTER = "adapter"  # the library of adapters; called by people
 _TORCHLESS = ("clean", "report", "register")
 
 
 def stage_names() -> list[str]:
     """What ``stage=`` takes."""
-    return [*STAGES, "ship", GATE]
+    return [*STAGES, "ship", GATE, ADAPTER]
 
 
 def planned(configs: dict[str, Config]) -> Iterator[tuple[Stage, Config]]:

@@ -210,6 +210,25 @@ class GateConfig(_Strict):
     agreement_top1_min: Annotated[float, Field(ge=0, le=1)]
 
 
+class AdapterConfig(_Strict):
+    """What ``stage=adapter`` works with."""
+
+    name: Name | None
+    goal: Literal["recovery", "text"]
+    base: Literal["int4", "fp"]
+    rank: Annotated[int, Field(ge=1, le=256)] | None
+    alpha: Annotated[int, Field(ge=1, le=4096)]
+    targets: list[Projection] | None
+    steps: Count
+    batch_sequences: Count
+    learning_rate: Rate
+    text: Path | None
+    held_out_sequences: Count
+    parts: dict[Name, float] | None
+    licence: Annotated[str, Field(min_length=1, max_length=200)]
+    force: bool
+
+
 class TrackConfig(_Strict):
     """Where MLflow keeps its store."""
 
@@ -232,6 +251,7 @@ class Config(_Strict):
 
     stage: str | None = None
     dry_run: bool = False
+    action: Literal["train", "list", "show", "score", "compose", "remove"] | None = None
     candidate: Path | None = None
     package: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)]
@@ -244,6 +264,7 @@ class Config(_Strict):
     quantize: QuantizeConfig
     export: ExportConfig
     gate: GateConfig
+    adapter: AdapterConfig
     track: TrackConfig
     runtime: RuntimeConfig
 
@@ -265,6 +286,11 @@ class Config(_Strict):
             if self.dry_run:
                 raise ValueError("dry_run: stage=gate has no plan to print; leave it out")
             return
-        for name, value in (("candidate", self.candidate), ("package", self.package)):
+        if (self.stage == "adapter") != (self.action is not None):
+            raise ValueError("action: stage=adapter and action=train|list|show|score|compose|remove go together")
+        if self.stage == "adapter" and self.dry_run:
+            raise ValueError("dry_run: stage=adapter has no plan to print; leave it out")
+        given = (("candidate", self.candidate), ("package", self.package if self.stage != "adapter" else None))
+        for name, value in given:
             if value is not None:
                 raise ValueError(f"{name}: only stage=gate takes one, the stage is {self.stage or 'not given'}")
