@@ -73,7 +73,6 @@ def main() -> int:
         })  # fmt: skip
         print("\n#### Direct (above, with one share of the tokens) against chained\n")
         _print_table(trial, {
-            "direct, the same tokens": lambda seed: _direct(trial, seed, 1),
             "direct, twice the tokens": lambda seed: _direct(trial, seed, 2),
             "chained, the teacher teaches both": lambda seed: _chained(trial, seed, by_middle=False),
             "chained, each teaches the next": lambda seed: _chained(trial, seed, by_middle=True),

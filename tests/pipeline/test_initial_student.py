@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,6 +68,13 @@ def test_rows_are_cut_or_added_without_a_change_of_the_others(
     assert all(torch.equal(row, mean) for row in loaded.model.embed_tokens.weight[VOCABULARY + 16 :])
     loaded.save_pretrained(student)
     assert count_parameters(student) == loaded.num_parameters()
+
+
+def test_a_tied_head_that_is_stored_too_counts_once(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert count_parameters(tmp_path) == model.num_parameters()
 
 
 def test_shared_tokens_are_never_cut_off(student: Path, checkpoint: Path) -> None:

@@ -161,15 +161,26 @@ def test_importance_is_what_flows_into_the_next_projection(make_model: MakeModel
 
 
 def test_quieter_hidden_dimensions_leave_the_norms_in_balance(make_model: MakeModel) -> None:
-    """Half of the energy cut: a norm that divides by the rest must be scaled by the root of what is left."""
-    scores = Importance(torch.arange(64.0), torch.ones(3, 96), torch.ones(3, 2), torch.ones(3), torch.ones(7, 64))
+    """A norm that divides by fewer dimensions is scaled by the root of their mean energy over that of all."""
+    scores = Importance(torch.arange(64.0), torch.ones(3, 96), torch.ones(3, 2), torch.tensor([1.0, 0, 1]))
     energy = torch.ones(7, 64)
-    energy[:, 32:] = 3
-    student = prune(make_model("llama"), replace(scores, energy=energy), StudentShape(32, 96, 2, 3))
-    plain = prune(make_model("llama"), scores, StudentShape(32, 96, 2, 3))
+    energy[:, 32:] = torch.arange(3.0, 10)[:, None]
+    shape = StudentShape(32, 96, 2, 2)
+    student = prune(make_model("llama"), replace(scores, energy=energy), shape)
+    plain = prune(make_model("llama"), scores, shape)
+    kept = {"model.layers.0.input": 3, "model.layers.0.post": 4, "model.layers.1.input": 7, "model.layers.1.post": 8,
+            "model.norm": 9}  # fmt: skip
     for name, parameter in student.named_parameters():
-        factor = (3 / 2) ** 0.5 if "norm" in name else 1
-        torch.testing.assert_close(parameter, plain.state_dict()[name] * factor, rtol=1e-6, atol=0)
+        loud = next((value for start, value in kept.items() if name.startswith(start)), 1)
+        expected = plain.state_dict()[name] * (loud / ((1 + loud) / 2)) ** 0.5
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=0)
+
+
+def test_layers_keep_their_kind_of_attention(make_model: MakeModel) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    scores = Importance(torch.ones(64), torch.ones(3, 96), torch.ones(3, 2), torch.tensor([0.0, 1, 1]))
+    student = prune(make_model("qwen2", **windows), scores, StudentShape(64, 96, 2, 2))
+    assert student.config.layer_types == ["sliding_attention"] * 2
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,16 @@ def test_blocks_and_shards_of_any_size_hold_the_same_weights(
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
     with safe_open(files[0], framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+    assert all(int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0 for file in files)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_rows_come_in_the_order_asked_for(block_bytes: int, tmp_path: Path) -> None:
+    tensor = torch.arange(60.0).reshape(20, 3)
+    save_file({"t": tensor}, tmp_path / "t.safetensors")
+    for rows in ([3, 4, 9, 19, 0, 2, 1, 18], [5], list(range(20))):
+        blocks = checkpoint_files.read_rows(tmp_path / "t.safetensors", "t", torch.tensor(rows), None, block_bytes)
+        assert torch.equal(torch.cat(list(blocks)), tensor[rows])
 
 
 def test_no_model_stands_in_memory(tmp_path: Path) -> None:
