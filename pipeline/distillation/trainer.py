@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import (
@@ -40,7 +39,7 @@ from pipeline.distillation.checkpoints import (
     open_state,
     state_writer,
 )
-from pipeline.distillation.objectives import LogitsLoss, Objective, logits_objective
+from pipeline.distillation.objectives import Objective
 from pipeline.distillation.parallel import (
     Learner,
     Processes,
@@ -56,10 +55,7 @@ from pipeline.distillation.parallel import (
 from pipeline.distillation.speed import Speedometer, describe, peak_flops, training_flops_per_token
 from pipeline.progress import progress
 
-if TYPE_CHECKING:
-    from pipeline.settings import Config
-
-__all__ = ["TrainPlan", "batch_rows", "computes_bf16", "discard_checkpoint", "learning_rate", "train", "train_plan"]
+__all__ = ["TrainPlan", "batch_rows", "computes_bf16", "discard_checkpoint", "learning_rate", "train"]
 Observer = Callable[[int, Mapping[str, float]], None]
 """(step, figures): loss, learning_rate, gradient_norm, tokens_per_s, mfu, memory_bytes; timings differ every time."""
 
@@ -121,8 +117,8 @@ class _Training:
 
 def train(
     model: torch.nn.Module,
-    objective: Objective | NDArray[np.int32],
-    sequences: Sequences | LogitsLoss,
+    objective: Objective,
+    sequences: Sequences,
     plan: TrainPlan,
     checkpoint: Path,
     label: str,
@@ -154,10 +150,6 @@ def train(
     Raises:
         UserError: The loss or its gradient is not finite, memory or disk are full, a checkpoint is another run's.
     """
-    if isinstance(objective, np.ndarray):  # the former order: sequences, then a loss over logits
-        former = objective
-        objective, sequences = logits_objective(cast(LogitsLoss, sequences)), Sequences(former)
-    sequences = cast(Sequences, sequences)
     processes = join_processes()
     run = _run_identity(model, sequences, plan, identity)
     flops_per_token = training_flops_per_token(model, sequences.tokens.shape[1]) + other_flops_per_token
@@ -185,26 +177,6 @@ def train(
                 if step % plan.checkpoint_every_steps == 0 and step < plan.steps:
                     write(TrainState(step, list(history), _tensors(training)))
     return history
-
-
-def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: float) -> TrainPlan:
-    """The plan of one training, the rest of it from the configuration."""
-    distill = config.distill
-    return TrainPlan(
-        steps=steps,
-        batch_sequences=batch_sequences,
-        learning_rate=learning_rate,
-        weight_decay=distill.weight_decay,
-        warmup_ratio=distill.warmup_ratio,
-        bf16=uses_bf16(config),
-        seed=config.seed,
-        checkpoint_every_steps=distill.checkpoint_every_steps,
-    )
-
-
-def uses_bf16(config: Config) -> bool:
-    """Whether matrices are multiplied in bfloat16 on this machine."""
-    return {"auto": computes_bf16(), "bf16": True, "fp32": False}[config.distill.precision]
 
 
 def computes_bf16(device: str = "cpu") -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
@@ -286,14 +285,19 @@ def test_training_learns(make_model: MakeModel, tmp_path: Path) -> None:
     assert [entry["step"] for entry in history] == list(range(1, 61))
 
 
-def test_the_former_order_of_arguments_gives_the_same(tmp_path: Path) -> None:
-    def mean(logits: torch.Tensor, _rows: NDArray[np.int64], tokens: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+def test_random_numbers_are_of_seed_and_step(tmp_path: Path) -> None:
+    drawn: list[list[float]] = []
+    for number, seed in enumerate((5, 5, 6)):
+        values: list[float] = []
 
-    former, present = Exact(), Exact()
-    assert train(former, TOKENS, mean, PLAN, tmp_path / "a", "test") == _train(present, tmp_path / "b")
-    for found, expected in zip(former.parameters(), present.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        def objective(model: Any, batch: Batch, values: list[float] = values) -> LossSum:
+            values.append(float(torch.rand(())))
+            return next_token_objective(model, batch)
+
+        torch.manual_seed(number)
+        train(Exact(), objective, SEQUENCES, replace(PLAN, seed=seed), tmp_path / str(number), "test")
+        drawn.append(values)
+    assert drawn[0] == drawn[1] and len({*drawn[0], *drawn[2]}) == 2 * PLAN.steps
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
