@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import io
@@ -24,6 +25,7 @@ from pipeline.data.multimodal.audio import AudioSettings
 from pipeline.data.multimodal.cleaning import PairSettings, PairsReport, clean_pairs
 from pipeline.data.multimodal.images import ImageSettings
 from pipeline.data.multimodal.preparing import CaptionSettings
+from pipeline.data.multimodal.tar_shards import ShardWriter
 from tests.pipeline.media_cases import (
     lying_wave,
     png_bomb,
@@ -249,6 +251,34 @@ def test_a_run_killed_while_shards_are_named_goes_on(tmp_path: Path, monkeypatch
     monkeypatch.setattr(cleaning, "_commit", commit)
     run(tmp_path)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "_COMMIT_ROWS", 4)
+    write_corpus(tmp_path / "in", pictures=12)
+    run(tmp_path, output="whole")
+    append = ShardWriter.append
+
+    def full(self: ShardWriter, key: str, members: Any) -> None:
+        if key == "000000009":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, key, members)
+
+    monkeypatch.setattr(ShardWriter, "append", full)
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    monkeypatch.setattr(ShardWriter, "append", append)
+    run(tmp_path)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "in", pictures=2)
+    (tmp_path / "out-checkpoint").mkdir()
+    (tmp_path / "out-checkpoint" / "seen.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="checkpoint"):
+        run(tmp_path)
 
 
 def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:

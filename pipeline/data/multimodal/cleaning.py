@@ -18,6 +18,7 @@ from typing import Any
 
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import file_digest, write_json
+from pipeline.data.cleaning_journal import full_disk_refused
 from pipeline.data.multimodal.audio import AudioSettings
 from pipeline.data.multimodal.images import ImageSettings
 from pipeline.data.multimodal.pairs import BadRow, Pair, PairDrop, Refused, pair_files, read_pairs
@@ -95,13 +96,14 @@ def clean_pairs(
         progress: Called with the number of rows done.
 
     Raises:
-        UserError: The source cannot be used, nothing in it is kept, or the checkpoint belongs to other work.
+        UserError: The source cannot be used, nothing in it is kept, the disk is full, or the checkpoint belongs to
+            other work.
     """
     _check(settings)
     need = ProcessorNeed() if settings.processor is None else read_processor_need(settings.processor)
     preparation = Preparation(source, need, settings.caption, settings.image, settings.audio)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    with open_seen(checkpoint / "seen.sqlite") as seen, ExitStack() as stack:
+    with full_disk_refused(checkpoint), open_seen(checkpoint / "seen.sqlite") as seen, ExitStack() as stack:
         writers = {split: ShardWriter(checkpoint, split, settings.shard_bytes) for split in _SPLITS}
         for writer in writers.values():
             stack.callback(writer.close)
@@ -122,7 +124,8 @@ def clean_pairs(
             "data.path", f"{report.pairs} rows, none kept ({_reasons(report)})",
             "rows with image or audio, and text, whose files are there", "correct the rows or the limits",
         )  # fmt: skip
-    _publish(checkpoint, output, report)
+    with full_disk_refused(output):
+        _publish(checkpoint, output, report)
     return report
 
 
