@@ -15,7 +15,6 @@ import hashlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from pipeline.distillation.context import LongMixture, Yarn, extend_context, tra
 from pipeline.distillation.needles import NeedleFormat, needle_format
 from pipeline.distillation.trainer import TrainPlan
 from pipeline.evaluation.long_context import (
+    DEFAULT_DEPTHS,
     AttentionPattern,
     NeedleScore,
     PositionLoss,
@@ -56,6 +56,7 @@ class Phase:
     learning_rate: float
     rounds: int
     time_share: float
+    epochs: int = 1  # of a round: to make needles takes the CPU longer than a GPU takes to read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,10 @@ FULL = Scale(
     vocab_size=4_096, hidden_size=384, layers=6, heads=6, base_tokens=4_096, factor=8.0, window_tokens=2_044,
     documents=None,
     short=(
-        Phase("512 tokens", LongMixture(512, 0.75, 8, 24), 500, 64, 64, 2e-3, 4, 0.25),
-        Phase("4,096 tokens", LongMixture(4_096, 0.75, 48, 192), 200, 8, 8, 1e-3, 3, 0.15),
+        Phase("512 tokens", LongMixture(512, 0.75, 8, 24), 500, 64, 64, 2e-3, 8, 0.3, epochs=2),
+        Phase("4,096 tokens", LongMixture(4_096, 0.75, 48, 192), 200, 8, 8, 1e-3, 3, 0.12),
     ),
-    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 192, 1_024), 100, 2, 1, 5e-4, 4, 0.28),
+    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 192, 1_024), 100, 2, 1, 5e-4, 4, 0.26),
     lengths=(4_096, 8_192, 16_384, 32_768),
     edges=(0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768),
     trials=20, perplexity_sequences=3,
@@ -146,7 +147,8 @@ def main() -> int:
 
 def read_text(scale: Scale) -> Text:
     """Python's documentation; a document is held out by its hash."""
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for number, document in enumerate(python_documents()):
         if scale.documents is not None and number >= scale.documents:
             break
@@ -161,13 +163,14 @@ def build_model(scale: Scale, device: torch.device, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=scale.vocab_size, hidden_size=scale.hidden_size, intermediate_size=scale.hidden_size * 8 // 3,
             num_hidden_layers=scale.layers, num_attention_heads=scale.heads, num_key_value_heads=scale.heads // 2,
             max_position_embeddings=scale.base_tokens, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
         )
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
+    model.to(device)
     print(f"model: {model.num_parameters():,} parameters")
     return model
 
@@ -176,11 +179,12 @@ def train_phase(model: Any, text: Text, phase: Phase, clock: Clock, seed: int) -
     """Rounds with needles of their own each, until needles are found or the phase's time is over."""
     started_s, allowed_s = clock.spent_s(), phase.time_share * clock.limit_s
     length = phase.mixture.sequence_tokens
+    tokens = phase.steps * phase.batch_sequences // phase.epochs * length
     for number in range(phase.rounds):
         round_seed = seed * 1_000 + number
-        stream = next(streams(text.train, phase.steps * phase.batch_sequences * length, round_seed))
+        stream = repeated(text.train, tokens, round_seed)
         plan = TrainPlan(
-            phase.steps, phase.batch_sequences, phase.learning_rate * 0.7**number, 0.1, 0.1,
+            phase.steps, phase.batch_sequences, phase.learning_rate * 0.85**number, 0.1, 0.1,
             bf16=model.device.type == "cuda", seed=round_seed, checkpoint_every_steps=10**9,
             micro_sequences=phase.micro_sequences,
         )  # fmt: skip
@@ -193,12 +197,10 @@ def train_phase(model: Any, text: Text, phase: Phase, clock: Clock, seed: int) -
             return
 
 
-def streams(text: NDArray[np.int32], tokens: int, seed: int) -> Iterator[NDArray[np.int32]]:
+def repeated(text: NDArray[np.int32], tokens: int, seed: int) -> NDArray[np.int32]:
     """The text from a random place on, as often as it takes, so that rows of two rounds differ."""
-    rng = np.random.default_rng(seed)
-    while True:
-        start = int(rng.integers(0, len(text)))
-        yield np.resize(np.roll(text, -start), tokens)
+    start = int(np.random.default_rng(seed).integers(0, len(text)))
+    return np.resize(np.roll(text, -start), tokens)
 
 
 def probe(model: Any, text: Text, tokens: int) -> float:
@@ -209,7 +211,7 @@ def probe(model: Any, text: Text, tokens: int) -> float:
 
 def recall_table(
     model: Any, text: Text, pattern: AttentionPattern, lengths: tuple[int, ...], trials: int,
-    depths: tuple[float, ...] = tuple(step / 10 for step in range(11)),
+    depths: tuple[float, ...] = DEFAULT_DEPTHS,
 ) -> list[NeedleScore]:  # fmt: skip
     gpu = model.device.type == "cuda"
     scores: list[NeedleScore] = []
