@@ -254,6 +254,7 @@ def test_similar_pictures_share_most_bits_and_others_do_not() -> None:
         {"size": {"shortest_edge": 48}, "crop_size": {"height": 32, "width": 40}},
         {"size": {"height": 40, "width": 60}, "do_center_crop": False},
         {"size": {"shortest_edge": 48, "longest_edge": 64}, "do_center_crop": False},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}, "do_center_crop": False},
     ],
 )
 def test_a_processor_sees_the_same_pixels_in_the_shard_as_in_the_source(
