@@ -27,9 +27,9 @@ import torch
 
 from benchmarks.distillation_trial.models import QWEN, TINY, Setting, build_model, freeze
 from benchmarks.machine import heading
+from pipeline.distillation.signals import draw, head_logits, last_hidden
 from pipeline.distillation.stored_targets import StoredTargets, record_targets
 from pipeline.distillation.target_codec import decode_draws, decode_top_k, encode_draws, encode_top_k
-from pipeline.distillation.teacher_signals import draw, head_logits, last_hidden
 
 VOCABULARY, DRAWS, TOP, TOKENS = 152_064, 32, 50, 1024
 SEQUENCES, CHUNK = 16, 1024  # of one pass of the teacher; positions whose logits exist at once

@@ -30,7 +30,7 @@ from pipeline.distillation.objectives import LossSettings, signal_objective, tex
 from pipeline.distillation.pruning import StudentShape, measure_importance, prune, random_student, student_shape
 from pipeline.distillation.recording import model_logits
 from pipeline.distillation.scoring import agreement, perplexity
-from pipeline.distillation.teacher_signals import OnlineSource
+from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
 
 IMPORTANCE_SEQUENCES, BATCH_OF_IMPORTANCE = 64, 8

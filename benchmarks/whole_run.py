@@ -131,8 +131,8 @@ def print_table(rows: list[dict[str, float]], price: float) -> None:
         cost = row["seconds"] / 3600 * price
         failed = "" if row["exit"] == 0 else f" (exit {row['exit']:.0f})"
         print(
-            f"| {row['stage']}{failed} | {row['seconds']:.0f} s | {row['rss'] / 1e9:.1f} GB | {row['gpu'] / 1e9:.1f} GB "
-            f"| {cost:.3f} |"
+            f"| {row['stage']}{failed} | {row['seconds']:.0f} s | {row['rss'] / 1e9:.1f} GB "
+            f"| {row['gpu'] / 1e9:.1f} GB | {cost:.3f} |"
         )
     total = sum(row["seconds"] for row in rows)
     print(f"| all | {total:.0f} s | | | {total / 3600 * price:.3f} |")

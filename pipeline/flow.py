@@ -70,7 +70,6 @@ _TRAINING = tuple(
         "micro_sequences",
         "compile",
         "recompute",
-        "sharding",
     )
 )
 _SIGNAL = tuple(

@@ -136,7 +136,6 @@ class DistillConfig(_Strict):
     micro_sequences: Count
     compile: bool
     recompute: bool
-    sharding: Literal["none", "fsdp"]
     on_policy_steps: Annotated[int, Field(ge=0)]
     on_policy_ratio: Annotated[float, Field(gt=0, le=1)]
     on_policy_prompt_tokens: Count

@@ -13,7 +13,7 @@ from benchmarks.distillation_trial.models import Setting, Sizes
 from pipeline.distillation import divergences
 from pipeline.distillation.divergences import LossKind, dense_divergence
 from pipeline.distillation.head_losses import head_loss
-from pipeline.distillation.teacher_signals import DenseSignal
+from pipeline.distillation.signals import DenseSignal
 
 DENSE = [kind for kind in LossKind if kind not in (LossKind.SAMPLED_KL, LossKind.CROSS_ENTROPY)]
 _CHECKED_ROWS = 8

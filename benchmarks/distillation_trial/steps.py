@@ -14,7 +14,7 @@ from benchmarks.distillation_trial.models import Setting, build_model, compile_l
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.head_losses import HeadSignal, head_loss
 from pipeline.distillation.master_weights import attach_masters
-from pipeline.distillation.teacher_signals import DenseSignal, SparseSignal
+from pipeline.distillation.signals import DenseSignal, SparseSignal
 
 Mark = Callable[[str], None]
 Step = Callable[[Mark], torch.Tensor]

@@ -63,7 +63,7 @@ def train_recovery(
     from pipeline.distillation.objectives import LossSettings, signal_objective
     from pipeline.distillation.recording import model_logits
     from pipeline.distillation.scoring import agreement
-    from pipeline.distillation.teacher_signals import OnlineSource
+    from pipeline.distillation.signals import OnlineSource
 
     def kl(model: Any) -> float:
         return agreement(model_logits(student, held_out), model_logits(model, held_out)).kl

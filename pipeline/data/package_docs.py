@@ -41,8 +41,9 @@ def package_licence(name: str) -> str:
     """
     fields = _distribution(name).metadata
     classifiers = [value.split("::")[-1].strip() for value in fields.get_all("Classifier") or () if "License" in value]
-    stated = fields.get("License-Expression") or " / ".join(classifiers) or fields.get("License") or "not stated"
-    return stated.split("\n")[0].strip()[:_LICENCE_CHARS]
+    named = [fields[name] for name in ("License-Expression", "License") if name in fields]
+    stated = " / ".join(classifiers) if classifiers and "License-Expression" not in fields else next(iter(named), "")
+    return (stated or "not stated").split("\n")[0].strip()[:_LICENCE_CHARS]
 
 
 def _distribution(name: str) -> metadata.Distribution:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch, LossSum, to_device
 from pipeline.distillation.objectives import hidden_and_head
-from pipeline.distillation.teacher_signals import checked_head, head_logits, last_hidden
+from pipeline.distillation.signals import checked_head, head_logits, last_hidden
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,7 +18,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.distillation import divergences
 from pipeline.distillation.batches import LossSum
 from pipeline.distillation.divergences import Divergence, LossKind, dense_divergence
-from pipeline.distillation.teacher_signals import DenseSignal, SparseSignal
+from pipeline.distillation.signals import DenseSignal, SparseSignal
 
 DEFAULT_CHUNK_TOKENS = 2048
 MAX_VOCABULARY_PADDING = 1024

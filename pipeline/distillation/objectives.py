@@ -19,7 +19,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch, LossSum, to_device
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.head_losses import DEFAULT_CHUNK_TOKENS, Labels, head_loss
-from pipeline.distillation.teacher_signals import DenseSignal, SignalSource, SparseSignal
+from pipeline.distillation.signals import DenseSignal, SignalSource, SparseSignal
 
 Objective = Callable[[Any, Batch], LossSum]
 """(model, batch) -> loss summed over counted positions, and their number."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.distillation.teacher_signals import checked_head, draw, head_logits, last_hidden
+from pipeline.distillation.signals import checked_head, draw, head_logits, last_hidden
 
 SHARD_SEQUENCES = 64
 _BATCH_SEQUENCES = 8

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import UserError
+from pipeline.distillation.signals import SparseSignal, checked_head, draw, head_logits, last_hidden
 from pipeline.distillation.target_codec import (
     DamagedShardError,
     ShardHeader,
@@ -34,7 +35,6 @@ from pipeline.distillation.target_codec import (
     seal_shard,
     unseal_shard,
 )
-from pipeline.distillation.teacher_signals import SparseSignal, checked_head, draw, head_logits, last_hidden
 
 if TYPE_CHECKING:
     from pipeline.distillation.batches import Batch

@@ -16,7 +16,7 @@ from pipeline.distillation.scoring import kl_from_draws, perplexity
 
 if TYPE_CHECKING:
     from pipeline.distillation.batches import Sequences
-    from pipeline.distillation.teacher_signals import SignalSource
+    from pipeline.distillation.signals import SignalSource
 
 _IMPORTANCE_BATCH = 4
 
@@ -37,10 +37,10 @@ def run(run: StageRun) -> None:
     metrics: dict[str, Any] = {"pruned": measure(student, targets)}
     baseline = random_student(student, shape_of(student.config), config.seed) if distill.from_scratch_baseline else None
     plan = train_plan(config, distill.steps, distill.batch_sequences, distill.learning_rate)
-    source = _signal_source(run)
+    source, loss = _signal_source(run), loss_settings(config)
     metrics["history"] = train(
-        student, signal_objective(source, loss_settings(config)), sequences, plan, run.checkpoint / "student", label,
-        identity=tree_digest(run.layout.teacher), prepare=getattr(source, "prepare", None),
+        student, signal_objective(source, loss), sequences, plan, run.checkpoint / "student", label,
+        identity=f"{tree_digest(run.layout.teacher)} {loss}", prepare=getattr(source, "prepare", None),
     )  # fmt: skip
     if distill.on_policy_steps:
         metrics["on_policy_history"] = _learn_on_policy(run, student, sequences)
@@ -157,8 +157,8 @@ def _load(path: Path) -> Any:
 
 def _signal_source(run: StageRun) -> SignalSource:
     """Stored draws of the teacher, or a model that runs beside the student."""
+    from pipeline.distillation.signals import StoredSource
     from pipeline.distillation.stored_targets import StoredTargets
-    from pipeline.distillation.teacher_signals import StoredSource
 
     if run.config.distill.signal == "stored" and run.config.submodel.learns_from == "teacher":
         return StoredSource(StoredTargets.open(run.layout.targets / "train"))
@@ -167,7 +167,7 @@ def _signal_source(run: StageRun) -> SignalSource:
 
 def _online(run: StageRun) -> SignalSource:
     from pipeline.distillation.from_config import training_device, uses_bf16
-    from pipeline.distillation.teacher_signals import OnlineSource
+    from pipeline.distillation.signals import OnlineSource
     from pipeline.distillation.teachers import load_checkpoint, read_source
 
     name = run.config.submodel.learns_from
@@ -196,5 +196,6 @@ def _learn_on_policy(run: StageRun, student: Any, sequences: Sequences) -> Any:
     return train(
         student, on_policy_objective(signal_objective(_online(run), loss), sampling), sequences,
         train_plan(config, distill.on_policy_steps, distill.batch_sequences, distill.learning_rate / 10),
-        run.checkpoint / "on_policy", f"distill {run.submodel}, on-policy", identity=tree_digest(run.layout.teacher),
+        run.checkpoint / "on_policy", f"distill {run.submodel}, on-policy",
+        identity=f"{tree_digest(run.layout.teacher)} {sampling} {loss}",
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings, next_token_objective, signal_objective
 from pipeline.distillation.on_policy import Sampling, on_policy_objective, samples_in
 from pipeline.distillation.parallel import join_processes, leave_processes, whole_state
-from pipeline.distillation.teacher_signals import OnlineSource
+from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
 from tests.pipeline.exact_model import ANSWERS, PLAN, VOCABULARY, Exact
 

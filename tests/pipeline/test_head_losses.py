@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.divergences import LossKind, dense_divergence, overwrite_dense
 from pipeline.distillation.head_losses import Labels, head_loss
-from pipeline.distillation.teacher_signals import DenseSignal, SparseSignal
+from pipeline.distillation.signals import DenseSignal, SparseSignal
 
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCABULARY = 11, 6, 9, 23
 DENSE = (

@@ -21,7 +21,7 @@ from pipeline.distillation.objectives import (
     signal_objective,
     text_objective,
 )
-from pipeline.distillation.teacher_signals import OnlineSource, SparseSignal
+from pipeline.distillation.signals import OnlineSource, SparseSignal
 from tests.pipeline.conftest import CLASSES, VOCABULARY, MakeModel
 
 _RANDOM = np.random.default_rng(4)

@@ -16,7 +16,7 @@ from pipeline.distillation.batches import Batch, LossSum, Sequences, read_batch
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings, next_token_objective, signal_objective
 from pipeline.distillation.on_policy import Sampling, continue_prompts, on_policy_objective, sample_batch, samples_in
-from pipeline.distillation.teacher_signals import OnlineSource
+from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
 from tests.pipeline.conftest import CLASSES, VOCABULARY, MakeModel
 

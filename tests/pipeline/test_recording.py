@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.distillation import recording
 from pipeline.distillation.recording import record_draws, teacher_logits
-from pipeline.distillation.teacher_signals import last_hidden
+from pipeline.distillation.signals import last_hidden
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 FILES = ["held_out_draws.npy", "held_out_log_p.npy", "held_out_top1.npy"]
