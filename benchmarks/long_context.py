@@ -83,10 +83,10 @@ FULL = Scale(
     vocab_size=4_096, hidden_size=384, layers=6, heads=6, base_tokens=4_096, factor=8.0, window_tokens=2_044,
     documents=None,
     short=(
-        Phase("512 tokens", LongMixture(512, 0.75, 8, 24), 500, 64, 64, 2e-3, 8, 0.3, epochs=2),
-        Phase("4,096 tokens", LongMixture(4_096, 0.75, 48, 192), 200, 8, 8, 1e-3, 3, 0.12),
+        Phase("512 tokens", LongMixture(512, 0.75, 20, 20), 500, 64, 64, 2e-3, 8, 0.3, epochs=2),
+        Phase("4,096 tokens", LongMixture(4_096, 0.75, 160, 160), 200, 8, 8, 1e-3, 3, 0.12),
     ),
-    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 192, 1_024), 100, 2, 1, 5e-4, 4, 0.26),
+    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 1_024, 1_024), 100, 2, 1, 5e-4, 4, 0.26),
     lengths=(4_096, 8_192, 16_384, 32_768),
     edges=(0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768),
     trials=20, perplexity_sequences=3,
@@ -94,8 +94,8 @@ FULL = Scale(
 TINY = Scale(
     vocab_size=1_024, hidden_size=128, layers=3, heads=4, base_tokens=128, factor=4.0, window_tokens=60,
     documents=2_000,
-    short=(Phase("128 tokens", LongMixture(128, 1.0, 3, 8), 150, 32, 32, 3e-3, 6, 1.0),),
-    long=Phase("512 tokens", LongMixture(512, 0.75, 8, 40), 40, 8, 8, 1e-3, 3, 1.0),
+    short=(Phase("128 tokens", LongMixture(128, 1.0, 5, 5), 150, 32, 32, 3e-3, 6, 1.0),),
+    long=Phase("512 tokens", LongMixture(512, 0.75, 20, 20), 40, 8, 8, 1e-3, 3, 1.0),
     lengths=(128, 256, 512), edges=(0, 32, 128, 256, 512), trials=10, perplexity_sequences=8,
 )  # fmt: skip
 

@@ -65,14 +65,14 @@ class LongMixture:
     Attributes:
         sequence_tokens: Length of its sequences, 4,096 to 32,768 in practice.
         retrieval_ratio: Share of the sequences that hold needles, 0 to 1.
-        needles: Of such a sequence.
-        questions: Of such a sequence.
+        needles: Of such a sequence, 1 or more.
+        questions: Of such a sequence, 0 to ``needles``.
         text_counts: Whether the text around needles is learned too.
     """
 
     sequence_tokens: int
     retrieval_ratio: float = 0.5
-    needles: int = 32
+    needles: int = 128
     questions: int = 128
     text_counts: bool = True
 

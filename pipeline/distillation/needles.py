@@ -134,17 +134,18 @@ def add_retrieval(
 
     Learned are the values of repeated needles and, with ``text_counts``, the text; never the first time that a
     needle is written, and never which one is asked for. Every sequence keeps its length: the end of its text
-    makes room.
+    makes room. A needle is asked for at most once, so that what is asked for stands only where it was first written.
 
     Raises:
-        UserError: The needles leave no room for text.
+        UserError: The needles leave no room for text, or are fewer than the questions.
     """
     length = text.shape[1]
     plain = length - (needles + questions) * form.needle_tokens
-    if plain < 1 or needles < 1:
+    if plain < 1 or not 0 <= questions <= needles or needles < 1:
         raise UserError(
-            "needles", f"{needles} with {questions} questions", f"at least one, and all in less than {length} tokens"
-        )
+            "needles", f"{needles} with {questions} questions",
+            f"at least one, no fewer than questions, and all in less than {length} tokens",
+        )  # fmt: skip
     tokens = np.empty_like(text, dtype=np.int32)
     counts = np.empty(text.shape, np.bool_)
     for row, plain_text in enumerate(text):
@@ -160,7 +161,7 @@ def _retrieval_row(
     """Tokens (T,), and which of them are learned."""
     needles = draw_needles(form, count, rng)
     first = rng.random(count)
-    asked = rng.integers(0, count, questions)
+    asked = rng.permutation(count)[:questions]  # each once: an earlier answer close by would do for a later one
     late = rng.random(questions) < _LATE_SHARE
     earliest = np.where(late, np.maximum(first[asked], _LATE_FROM), first[asked])
     times = np.concatenate([first, earliest + (1 - earliest) * rng.random(questions)])

@@ -124,22 +124,22 @@ def test_models_that_cannot_be_stretched_are_refused() -> None:
 
 def test_the_mixture_has_its_share_of_needles_and_leaves_the_rest_as_it_is() -> None:
     stream = np.arange(1_000, 1_000 + 10 * 200 + 7, dtype=np.int32)
-    made = mix_long(stream, FORM, LongMixture(200, 0.3, needles=3, questions=5), seed=4)
-    again = mix_long(stream, FORM, LongMixture(200, 0.3, needles=3, questions=5), seed=4)
+    made = mix_long(stream, FORM, LongMixture(200, 0.3, needles=5, questions=4), seed=4)
+    again = mix_long(stream, FORM, LongMixture(200, 0.3, needles=5, questions=4), seed=4)
     assert made.counts is not None and made.tokens.shape == (10, 200)
     np.testing.assert_array_equal(made.tokens, again.tokens)
     changed = (made.tokens < 1_000).any(axis=1)
     assert changed.sum() == 3 and made.counts[~changed].all() and not made.counts[changed].all()
     np.testing.assert_array_equal(made.tokens[~changed], stream[:2_000].reshape(10, 200)[~changed])
     with pytest.raises(UserError, match="at least one sequence of 200"):
-        mix_long(stream[:199], FORM, LongMixture(200), seed=0)
+        mix_long(stream[:199], FORM, LongMixture(200, needles=5, questions=4), seed=0)
     with pytest.raises(UserError, match="retrieval_ratio"):
-        mix_long(stream, FORM, LongMixture(200, 1.1), seed=0)
+        mix_long(stream, FORM, LongMixture(200, 1.1, needles=5, questions=4), seed=0)
 
 
 def test_the_long_phase_trains_a_stretched_model_and_no_other(tmp_path: Path) -> None:
     stream = np.random.default_rng(0).integers(3, 10, 256 * 8).astype(np.int32)
-    mixture = LongMixture(256, 0.5, needles=4, questions=12)
+    mixture = LongMixture(256, 0.5, needles=12, questions=8)
     plan = TrainPlan(12, 2, 3e-3, 0.0, 0.1, False, 0, 100, micro_sequences=1)
     model = build()
     with pytest.raises(UserError, match="1 to 128, this model's context"):

@@ -84,7 +84,7 @@ def test_prompts_keep_the_text_in_order(form: NeedleFormat) -> None:
 @pytest.mark.parametrize("text_counts", [True, False])
 def test_only_what_can_be_known_is_learned(form: NeedleFormat, text_counts: bool) -> None:
     text = np.arange(10_000, 10_000 + 6 * 1_000, dtype=np.int32).reshape(6, 1_000)
-    made = add_retrieval(form, text, needles=8, questions=30, text_counts=text_counts, seed=3)
+    made = add_retrieval(form, text, needles=30, questions=20, text_counts=text_counts, seed=3)
     assert made.tokens.shape == (6, 1_000) and made.counts is not None
     for row, counts, original in zip(made.tokens, made.counts, text, strict=True):
         plain = row[row >= 10_000]
@@ -101,7 +101,7 @@ def test_only_what_can_be_known_is_learned(form: NeedleFormat, text_counts: bool
             assert (learned[value] == known).all() and not learned[value.stop]
             assert seen.setdefault(key, tuple(row[value].tolist())) == tuple(row[value].tolist())
             answers += known
-        assert len(seen) == 8 and answers == 30
+        assert len(seen) == 30 and answers == 20
 
 
 def starts(row: np.ndarray, form: NeedleFormat) -> list[int]:
@@ -111,17 +111,26 @@ def starts(row: np.ndarray, form: NeedleFormat) -> list[int]:
 
 def test_questions_reach_far_back(form: NeedleFormat) -> None:
     text = np.full((40, 2_000), 10_000, np.int32)
-    made = add_retrieval(form, text, needles=8, questions=40, text_counts=False, seed=0)
+    made = add_retrieval(form, text, needles=40, questions=40, text_counts=False, seed=0)
     distances = []
     for row in made.tokens:
         first: dict[tuple[int, ...], int] = {}
         for at in starts(row, form):
             key = tuple(row[at + len(form.opening) : at + form.question_tokens].tolist())
-            distances.append(at - first.setdefault(key, at))
+            if key in first:
+                distances.append(at - first.pop(key))  # a third time would count as a first one
+            else:
+                first[key] = at
+        assert not first
     shares = np.histogram(distances, [1, 500, 1_000, 1_500, 2_000])[0] / (40 * 40)
     assert (shares > 0.08).all() and abs(shares.sum() - 1) < 1e-9
 
 
-def test_needles_without_room_are_refused(form: NeedleFormat) -> None:
+@pytest.mark.parametrize(("needles", "questions"), [(8, 8), (0, 0), (2, 3), (2, -1)])
+def test_needles_without_room_and_questions_without_needles_are_refused(
+    form: NeedleFormat, needles: int, questions: int
+) -> None:
     with pytest.raises(UserError, match="at least one"):
-        add_retrieval(form, np.zeros((1, 100), np.int32), needles=8, questions=30, text_counts=True, seed=0)
+        add_retrieval(
+            form, np.zeros((1, 100), np.int32), needles=needles, questions=questions, text_counts=True, seed=0
+        )
