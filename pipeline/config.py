@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from edge_runtime.formats.errors import ConfigError
 from pipeline.settings import Config
 
+_VARIANTS = {"from_scratch", "local", "hub", "pairs", "python_docs", "python_packages"}  # of teacher and data
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -132,7 +133,7 @@ def _validate(values: dict[str, Any]) -> tuple[Config | None, list[str]]:
 
 
 def _fault_line(fault: Any, values: dict[str, Any]) -> str:
-    path = [str(part) for part in fault["loc"] if part not in ("from_scratch", "local", "hub")]
+    path = [str(part) for part in fault["loc"] if part not in _VARIANTS]
     name = ".".join(path) or "configuration"
     if fault["type"] == "extra_forbidden":
         return f"{name}: no such key here"

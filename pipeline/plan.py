@@ -18,7 +18,7 @@ from rich.table import Table
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import PROJECT, Layout, located, require_disk
 from pipeline.flow import SHIP, Stage, why_run
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import CheckpointTeacher, Config, DataConfig
 
 _PROCESS_BYTES = 900_000_000  # torch, transformers and onnxruntime loaded
 _PROCESS_S = 8.0
@@ -74,7 +74,7 @@ def require_sources(config: Config) -> None:
 
     if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
         resolve_checkpoint(config.teacher)
-    if config.data.path is not None:
+    if isinstance(config.data, DataConfig) and config.data.path is not None:
         document_files(config.data.path)
     require_legacy_python(config)
 

@@ -47,6 +47,22 @@ class DataConfig(_Strict):
         return self
 
 
+class PairsConfig(_Strict):
+    """Pictures or sounds with their texts, for ``stage=clean`` alone."""
+
+    source: Literal["pairs"]
+    path: Path
+    processor: Path | None
+    min_chars: Count
+    max_chars: Annotated[int, Field(ge=1, le=200_000)]
+    held_out_modulus: Annotated[int, Field(ge=2)]
+    rules: Literal["basic", "web"]
+    pii: Literal["off", "replace", "drop"]
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=15)] | None
+    shard_bytes: Annotated[int, Field(ge=65_536)]
+    workers: Annotated[int, Field(ge=1, le=256)]
+
+
 class FromScratchTeacher(_Strict):
     """A small Llama trained here."""
 
@@ -256,7 +272,7 @@ class Config(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     threads: Annotated[int, Field(ge=1, le=256)]
     family: Annotated[list[Name], Field(min_length=1)]
-    data: DataConfig
+    data: Annotated[DataConfig | PairsConfig, Field(discriminator="source")]
     teacher: Annotated[FromScratchTeacher | CheckpointTeacher, Field(discriminator="kind")]
     submodel: SubmodelConfig
     distill: DistillConfig
@@ -275,6 +291,8 @@ class Config(_Strict):
             raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
         if self.runtime.max_tokens >= self.export.context_tokens:
             raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        if isinstance(self.data, PairsConfig) and self.stage != "clean":
+            raise ValueError("data: pairs of media and text have stage=clean alone; add it, or choose text")
         self._check_candidate()
         return self
 

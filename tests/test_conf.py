@@ -18,12 +18,13 @@ REQUIRED = {  # what a file leaves to the user (???)
     "teacher/local.yaml": ["teacher.path=/nowhere"],
     "teacher/hub.yaml": ["teacher.name=someone/model"],
     "data/local.yaml": ["data.path=/nowhere.txt"],
+    "data/pairs.yaml": ["data.path=/nowhere", "stage=clean"],
     "quantize/int8.yaml": ["export.containers=[onnx]"],
 }
 
 
 def test_this_many_files_are_checked() -> None:
-    assert len(FILES) == 31
+    assert len(FILES) == 32
     assert {path.name for path in FILES if path.parent == CONF_DIR} == ROOT_FILES
     assert not [path for path in CONF_DIR.rglob("*") if path.is_file() and path.suffix != ".yaml"]
 

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from itertools import chain
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import StageRun, write_atomic, write_json
+from pipeline.artifacts import StageRun, located, write_atomic, write_json
 from pipeline.data.cleaning import CleaningReport, CleaningSettings, clean_corpus
 from pipeline.data.cleaning_journal import full_disk_refused
 from pipeline.data.cleaning_report import render_page
 from pipeline.data.package_docs import package_documents, package_licence
 from pipeline.data.sources import Document, file_documents, python_documents
 from pipeline.progress import progress
-from pipeline.settings import DataConfig
+from pipeline.settings import DataConfig, PairsConfig
 
 _PYTHON = "Python Software Foundation License Version 2"
 LICENCES = {
@@ -32,6 +32,9 @@ def run(run: StageRun) -> None:
         UserError: Either side of the split is empty, a file cannot be read, or the disk is full.
     """
     data = run.config.data
+    if isinstance(data, PairsConfig):
+        _clean_pairs(run, data)
+        return
     with progress("clean", None) as show, full_disk_refused(run.output):
         report = clean_corpus(_documents(data), run.output, cleaning_settings(data), run.checkpoint, show)
         _require_both_sides(report)
@@ -58,6 +61,24 @@ def cleaning_settings(data: DataConfig) -> CleaningSettings:
         workers=data.workers,
         engine=data.engine,
     )
+
+
+def _clean_pairs(run: StageRun, data: PairsConfig) -> None:
+    from pipeline.data.multimodal.cleaning import PairSettings, clean_pairs
+    from pipeline.data.multimodal.preparing import CaptionSettings
+
+    settings = PairSettings(
+        processor=None if data.processor is None else located(data.processor),
+        held_out_modulus=data.held_out_modulus,
+        near_duplicate_bits=data.near_duplicate_bits,
+        shard_bytes=data.shard_bytes,
+        workers=data.workers,
+        caption=CaptionSettings(data.min_chars, data.max_chars, data.rules, data.pii),
+    )
+    with progress("clean", None) as show:
+        report = clean_pairs(located(data.path), run.output, settings, run.checkpoint, show)
+    write_json(run.layout.metrics("clean"), asdict(report))
+    shutil.rmtree(run.checkpoint)
 
 
 def _documents(data: DataConfig) -> Iterator[Document]:
