@@ -42,7 +42,7 @@ def build_teacher(config: FromScratchTeacher, seed: int) -> Any:
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_kv_heads, tie_word_embeddings=True, max_position_embeddings=2048,
-            bos_token_id=0, eos_token_id=1,
+            bos_token_id=1, eos_token_id=1,  # in training every text follows the end of another
         )
     )  # fmt: skip
 

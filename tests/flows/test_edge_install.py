@@ -21,6 +21,7 @@ WORKSTATION_ONLY = ("torch", "transformers", "mlflow", "dvc", "hydra", "onnx", "
 NEW_TOKENS = 12
 AGREEMENT = 0.03  # of the logits' standard deviation: int8 activations
 PROMPT = "The function returns a new"
+BOS_ID = 1  # in training every text follows the end of another
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +84,11 @@ def test_edge_install_generates_greedily_what_torch_finds_likeliest(
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["backend"] == container and len(answer["tokens"]) == NEW_TOKENS
-    prompt = tokenizer_of(finished).encode(PROMPT).ids
+    prompt = [BOS_ID, *tokenizer_of(finished).encode(PROMPT).ids]
     logits = torch_logits(student, prompt + answer["tokens"], adapter if with_adapter else None)[len(prompt) - 1 : -1]
     for step, token in zip(logits, answer["tokens"], strict=True):
-        # int8 activations move a logit by a few hundredths of the spread; a wrong graph by whole spreads
-        assert float(step.max() - step[token]) <= 0.1 * float(step.std())
+        # Two logits, each off by at most four times what int8 activations do on average; a wrong graph: whole spreads.
+        assert float(step.max() - step[token]) <= 8 * AGREEMENT * float(step.std())
 
 
 @pytest.mark.parametrize("container", ["onnx", "tflite"])

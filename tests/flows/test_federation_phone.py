@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def test_devices_with_and_without_torch_learn_in_the_same_rounds(learned: Learne
     assert all(device["folded"] == ROUNDS for device in devices)
     (baseline,) = read_ledger(learned.home, "classes", "baseline")
     losses = [baseline["held_out_loss"], *(record["held_out_loss"] for record in rounds)]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5, losses
+    assert all(after < before + 0.02 for before, after in pairwise(losses)) and losses[-1] < losses[0] - 0.5, losses
 
 
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
@@ -176,7 +177,8 @@ def test_what_they_learned_writes_the_same_text_through_both_runtimes(
     for container in ("onnx", "tflite"):
         words = ["--prompt", PROMPT, "--max-tokens", str(NEW_TOKENS), "--temperature", "0", *adapter]
         texts[container] = json.loads(_run(edge_python, "generate", learned.package, container, *words))["tokens"]
-    prompt = Tokenizer.from_file(str(learned.package / "tokenizer.json")).encode(PROMPT).ids
+    bos = open_package(learned.package, load_trust()).manifest.bos
+    prompt = [bos, *Tokenizer.from_file(str(learned.package / "tokenizer.json")).encode(PROMPT).ids]
     np.save(tmp_path / "tokens.npy", np.array([prompt + texts["onnx"]]))
 
     def logits(container: str, words: list[str]) -> NDArray[np.float32]:
@@ -189,7 +191,7 @@ def test_what_they_learned_writes_the_same_text_through_both_runtimes(
     assert compare_logits(onnx, plain).rms_ratio > LEARNED, "an adapter that is ignored would pass the line above"
     assert len(texts["onnx"]) == len(texts["tflite"]) == NEW_TOKENS
     for row, token in zip(tflite[len(prompt) - 1 : -1], texts["onnx"], strict=True):
-        assert float(row.max() - row[token]) <= 0.1 * float(row.std())
+        assert float(row.max() - row[token]) <= 8 * AGREEMENT * float(row.std())
 
 
 def _run(python: Path, command: str, package: Path, container: str, *words: str) -> str:

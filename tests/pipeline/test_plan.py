@@ -21,7 +21,7 @@ from tests.pipeline.test_artifacts import Usage
 
 @pytest.fixture(scope="module")
 def demo() -> dict[str, Config]:
-    return load_configs([])
+    return load_configs(["teacher=from_scratch"])
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_needs_are_positive_and_what_a_machine_can_have(demo: dict[str, Config])
     ],
 )
 def test_needs_grow_with_the_sizes(demo: dict[str, Config], override: str, stages: list[str]) -> None:
-    larger = load_configs(["submodel=small", override])["small"]
+    larger = load_configs(["submodel=small", "teacher=from_scratch", override])["small"]
     for stage in STAGES.values():
         before, after = (estimate(stage, config) for config in (demo["small"], larger))
         pairs = [(getattr(before, name), getattr(after, name)) for name in ("disk_bytes", "memory_bytes", "flops")]

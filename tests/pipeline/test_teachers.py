@@ -183,7 +183,7 @@ def test_a_teacher_from_scratch_is_a_tied_llama_of_the_sizes_asked_for() -> None
     expected = 300 * 64 + 2 * (2 * 64 * 16 * (4 + 2) + 3 * 64 * 96 + 2 * 64) + 64
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
     assert type(model).__name__ == "LlamaForCausalLM" and (model.config.bos_token_id, model.config.eos_token_id) == (
-        0,
+        1,
         1,
     )
     assert torch.equal(_logits(model, 300), _logits(same, 300)) and not torch.equal(

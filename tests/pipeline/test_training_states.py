@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,6 +177,15 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the process that is killed; an earlier test may have asked for another number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -194,6 +203,7 @@ train(Exact(), next_token_objective, SEQUENCES, PLAN, Path(sys.argv[1]), "test")
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", ["before", "after"])
 def test_kill_9_while_a_state_is_written(tmp_path: Path, at: str) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b"), at], check=False, timeout=120)
