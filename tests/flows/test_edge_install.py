@@ -83,7 +83,7 @@ def test_edge_install_generates_greedily_what_torch_finds_likeliest(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["backend"] == container and len(answer["tokens"]) == NEW_TOKENS
+    assert answer["backend"] == container and 4 <= len(answer["tokens"]) <= NEW_TOKENS, "an end of text may come first"
     prompt = [BOS_ID, *tokenizer_of(finished).encode(PROMPT).ids]
     logits = torch_logits(student, prompt + answer["tokens"], adapter if with_adapter else None)[len(prompt) - 1 : -1]
     for step, token in zip(logits, answer["tokens"], strict=True):
