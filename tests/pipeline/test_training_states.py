@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,15 +177,6 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the process that is killed; an earlier test may have asked for another number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -199,20 +190,25 @@ def dies(self, target):
     replace(self, target)
     if at == "after" and "00000006" in target.name: os.kill(os.getpid(), signal.SIGKILL)
 Path.replace = dies
-train(Exact(), next_token_objective, SEQUENCES, PLAN, Path(sys.argv[1]), "test")
+model = Exact()
+train(model, next_token_objective, SEQUENCES, PLAN, Path(sys.argv[1]), "test")
+print([value.hex() for parameter in model.parameters() for value in parameter.flatten().tolist()])
 """
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", ["before", "after"])
 def test_kill_9_while_a_state_is_written(tmp_path: Path, at: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "b"), at], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    """All in processes of their own: what other tests leave in this one may change the last bits."""
+
+    def run(name: str, at: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path / name), at]
+        return subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
+
+    assert run("b", at).returncode == -signal.SIGKILL
     assert ("state-00000006.safetensors" in _names(tmp_path / "b")) is (at == "after")
-    undisturbed, resumed = Exact(), Exact()
-    history = train(undisturbed, next_token_objective, SEQUENCES, PLAN, tmp_path / "a", "test")
-    assert train(resumed, next_token_objective, SEQUENCES, PLAN, tmp_path / "b", "test") == history
-    assert all(torch.equal(a, b) for a, b in zip(undisturbed.parameters(), resumed.parameters(), strict=True))
+    undisturbed, resumed = run("a", "never"), run("b", "never")
+    assert undisturbed.returncode == resumed.returncode == 0, undisturbed.stderr + resumed.stderr
+    assert undisturbed.stdout == resumed.stdout and len(undisturbed.stdout) > 100
     assert not list((tmp_path / "b").glob("*.partial"))
 
 
