@@ -17,25 +17,14 @@ from pipeline.data.cleaning_report import CleaningReport, count_dropped, count_k
 from pipeline.data.decontamination import read_evaluation, save_grams
 from pipeline.data.duplicates import Bands, DuplicateIndex, choose_bands
 from pipeline.data.judging import Chunk, CleaningSettings, Judged, JudgePlan, Outcome, judge_chunk
-from pipeline.data.normalize import normalize
 from pipeline.data.ordered_work import map_ordered
 from pipeline.data.sources import Document
 from pipeline.data.verdicts import DropReason
 
-__all__ = ["CleaningReport", "CleaningSettings", "Row", "clean", "clean_corpus", "normalize"]
+__all__ = ["CleaningReport", "CleaningSettings", "clean_corpus"]
 _CHUNK_CHARS = 1 << 20  # of a chunk, unless one document is longer
 _LARGEST_CLUSTERS = 10
 _WORKERS_ALONE = ("workers", "engine", "chunk_documents", "part_documents")  # change when, never what is written
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training text. Rows of one document share ``document`` and so fall on one side of the split."""
-
-    document: str
-    text: str
-    kind: str
-    held_out: bool
 
 
 class ProgressReport(Protocol):
@@ -75,25 +64,6 @@ def clean_corpus(
             report = _clean_rest(documents, journal, setup, progress)
             journal.assemble(output)
     return report
-
-
-def clean(
-    documents: Iterable[Document], report: CleaningReport, *, min_chars: int, max_chars: int, held_out_modulus: int
-) -> Iterator[Row]:
-    """Yield the rows that ``clean_corpus`` would write of a few documents, without touching a disk."""
-    plan = JudgePlan(CleaningSettings(min_chars, max_chars, held_out_modulus, pii="off"))
-    seen: set[bytes] = set()
-    for document in documents:
-        (outcome,) = judge_chunk(plan, Chunk((document,), "")).outcomes
-        reason = outcome.reason or (DropReason.DUPLICATE if outcome.digest in seen else None)
-        if reason is not None:
-            count_dropped(report, outcome, reason)
-            continue
-        seen.add(outcome.digest)
-        count_kept(report, outcome)
-        for line in outcome.lines.splitlines():
-            row = json.loads(line)
-            yield Row(row["document"], row["text"], row["kind"], outcome.held_out)
 
 
 @dataclass(frozen=True, slots=True)

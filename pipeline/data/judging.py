@@ -217,8 +217,8 @@ def _keep(
         rows = [("messages", content)]
     else:
         rows = list(renderings(final, question))
-    key = digest.hex()[:16]
-    lines = [{"document": key, "kind": kind, "messages" if roles else "text": value} for kind, value in rows]
+    origin = {"document": digest.hex()[:16], "source": document.source.encode(errors="backslashreplace").decode()}
+    lines = [{**origin, "kind": kind, "messages" if roles else "text": value} for kind, value in rows]
     return Outcome(
         document.source,
         None,

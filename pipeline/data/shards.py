@@ -8,25 +8,22 @@ nobody, so that the pipeline's held-out text stays unseen by the federation too.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import heapq
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from edge_runtime.formats.errors import SevenfoldError, UserError
 from pipeline.artifacts import PROJECT, Layout, atomic_directory
-from pipeline.data.cleaning import normalize
-from pipeline.data.sources import Document, python_documents
 
 
 class _Row(NamedTuple):
     document: str
     text: str
-    source: str | None
+    source: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,28 +63,11 @@ def read_training_rows(corpus: Path) -> list[_Row]:
     return rows
 
 
-def group_by_module(rows: Sequence[_Row], documents: Iterable[Document] | None = None) -> dict[str, list[str]]:
-    """Module or topic to its texts, in the corpus' order.
-
-    Args:
-        rows: Of the corpus. One without a source is looked up by its text's digest.
-        documents: Where sources are looked up; None: the documentation that Python carries.
-
-    Raises:
-        UserError: A row's document has no known source.
-    """
-    sources: dict[str, str] = {}
-    if any(row.source is None for row in rows):
-        sources = _sources(python_documents() if documents is None else documents)
+def group_by_module(rows: Sequence[_Row]) -> dict[str, list[str]]:
+    """Module or topic to its texts, in the corpus' order."""
     modules: dict[str, list[str]] = {}
     for row in rows:
-        source = row.source or sources.get(row.document)
-        if source is None:
-            raise UserError(
-                f"--corpus document {row.document}", row.text[:40], "one of Python's own documentation, or a source",
-                'add "source": "doc:MODULE.NAME" to the rows',
-            )  # fmt: skip
-        modules.setdefault(module_of(source), []).append(row.text)
+        modules.setdefault(module_of(row.source), []).append(row.text)
     return modules
 
 
@@ -142,15 +122,6 @@ def _line(text: str) -> str:
     return json.dumps({"text": text}) + "\n"  # ASCII
 
 
-def _sources(documents: Iterable[Document]) -> dict[str, str]:
-    """Document id, as cleaning makes it, to the source that had it first."""
-    sources: dict[str, str] = {}
-    for document in documents:
-        digest = hashlib.sha256(normalize(document.text).encode()).hexdigest()
-        sources.setdefault(digest[:16], document.source)
-    return sources
-
-
 def _read_rows(path: Path) -> Iterator[_Row]:
     try:
         with path.open(encoding="utf-8") as file:
@@ -163,12 +134,12 @@ def _read_rows(path: Path) -> Iterator[_Row]:
 def _row(path: Path, number: int, line: str) -> _Row:
     try:
         row = json.loads(line)
-        document, text, source = row["document"], row["text"], row.get("source")
+        document, text, source = row["document"], row["text"], row["source"]
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         document = text = source = None
-    if not (isinstance(document, str) and isinstance(text, str) and isinstance(source, str | None)):
+    if not (isinstance(document, str) and isinstance(text, str) and isinstance(source, str)):
         raise UserError(
-            f"{path} line {number}", line[:60], "an object with document and text", "run python -m pipeline"
+            f"{path} line {number}", line[:60], "an object with document, source and text", "run python -m pipeline"
         )
     return _Row(document, text, source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.formats.errors import UserError
-from pipeline.data.cleaning import CleaningReport, CleaningSettings, clean, clean_corpus
+from pipeline.data.cleaning import CleaningReport, CleaningSettings, clean_corpus
 from pipeline.data.cleaning_report import render_page
 from pipeline.data.judging import renderings
 from pipeline.data.sources import Document
@@ -174,15 +175,20 @@ def test_conversations_are_scrubbed_compared_and_looked_through(cleaned: Clean, 
     assert row["messages"][0]["content"] == f"My address is [EMAIL]. {long}" and report.personal_data == {"email": 1}
 
 
-@settings(deadline=None)  # the first example loads tables
+@settings(deadline=None, max_examples=30)  # each example is a dozen runs on disk
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=8))
 def test_the_split_depends_on_the_text_alone(texts: list[str]) -> None:
     def sides(order: list[str]) -> dict[str, bool]:
-        report = CleaningReport()
         documents = (Document("any", text, "why?") for text in order)
-        rows = list(clean(documents, report, min_chars=1, max_chars=10_000, held_out_modulus=2))
-        assert report.held_out == len({row.document for row in rows if row.held_out})
-        return {row.document: row.held_out for row in rows}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            report = clean_corpus(documents, folder, CleaningSettings(1, 10_000, 2, pii="off"), folder / "checkpoint")
+            train, held_out = (
+                {json.loads(line)["document"] for line in (folder / f"{side}.jsonl").read_bytes().splitlines()}
+                for side in ("train", "held_out")
+            )
+        assert report.held_out == len(held_out) and not train & held_out
+        return dict.fromkeys(train, False) | dict.fromkeys(held_out, True)
 
     together, reversed_order = sides(texts), sides(texts[::-1])
     assert together == reversed_order

@@ -10,7 +10,7 @@ import pytest
 
 from edge_runtime.formats.errors import UserError
 from pipeline.data import shards
-from pipeline.data.cleaning import CleaningReport, clean
+from pipeline.data.cleaning import CleaningSettings, clean_corpus
 from pipeline.data.shards import deal, group_by_module, module_of, read_training_rows, write_shards
 from pipeline.data.sources import Document
 
@@ -24,12 +24,7 @@ DOCUMENTS = [
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """What the pipeline's clean stage writes of DOCUMENTS."""
-    files = {False: [], True: []}
-    for row in clean(DOCUMENTS, CleaningReport(), min_chars=10, max_chars=9999, held_out_modulus=20):
-        files[row.held_out].append(json.dumps({"document": row.document, "kind": row.kind, "text": row.text}) + "\n")
-    for held_out, lines in files.items():
-        assert lines
-        (tmp_path / ("held_out.jsonl" if held_out else "train.jsonl")).write_text("".join(lines))
+    clean_corpus(DOCUMENTS, tmp_path, CleaningSettings(10, 9999, 20), tmp_path / "checkpoint")
     return tmp_path / "train.jsonl"
 
 
@@ -37,16 +32,10 @@ def texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "python_documents", lambda: iter(DOCUMENTS))
-
-
 def run(out: Path, corpus: Path, clients: int = 3) -> int:
     return shards.main(["--out", str(out), "--clients", str(clients), "--corpus", str(corpus)])
 
 
-@pytest.mark.usefixtures("python")
 def test_every_training_text_has_one_owner_and_no_held_out_text_any(corpus: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "out", corpus) == 0
     files = sorted((tmp_path / "out").rglob("*.*"))
@@ -56,7 +45,6 @@ def test_every_training_text_has_one_owner_and_no_held_out_text_any(corpus: Path
     assert sorted({file.parent.name for file in files}) == ["client-1", "client-2", "client-3"]
 
 
-@pytest.mark.usefixtures("python")
 def test_a_module_belongs_to_one_client_whole(corpus: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", corpus)
     names = [file.name for file in (tmp_path / "out").rglob("*.jsonl")]
@@ -93,7 +81,6 @@ def test_module_names_are_safe_file_names(source: str, module: str) -> None:
     assert module_of(source) == module
 
 
-@pytest.mark.usefixtures("python")
 def test_the_same_split_twice_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(out, corpus) == 0
@@ -102,7 +89,6 @@ def test_the_same_split_twice_changes_nothing(corpus: Path, tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("python")
 @pytest.mark.parametrize("clients", [2, 4])
 def test_another_split_is_not_mixed_in(
     corpus: Path, tmp_path: Path, clients: int, capsys: pytest.CaptureFixture[str]
@@ -124,7 +110,6 @@ def test_a_clients_own_files_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["client-1", "diary.txt"]
 
 
-@pytest.mark.usefixtures("python")
 def test_an_interrupted_split_is_completed(corpus: Path, tmp_path: Path) -> None:
     rows = read_training_rows(corpus)
     wanted = deal(group_by_module(rows), 3)
@@ -133,14 +118,13 @@ def test_an_interrupted_split_is_completed(corpus: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["client-1", "client-2", "client-3"]
 
 
-def test_a_source_in_the_corpus_saves_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "python_documents", lambda: pytest.fail("searched"))
-    row = {"document": "ab", "kind": "plain", "text": "words", "source": "doc:json.load"}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
-    assert group_by_module(read_training_rows(tmp_path / "train.jsonl")) == {"json": ["words"]}
+def test_personal_data_that_was_replaced_loses_no_document(tmp_path: Path) -> None:
+    documents = [*DOCUMENTS, Document("doc:mail.send", f"{WORDS} Write to jane.roe@python-mail.org.")]
+    clean_corpus(documents, tmp_path, CleaningSettings(10, 9999, 10**6, pii="replace"), tmp_path / "checkpoint")
+    (text,) = group_by_module(read_training_rows(tmp_path / "train.jsonl"))["mail"]
+    assert "[EMAIL]" in text
 
 
-@pytest.mark.usefixtures("python")
 @pytest.mark.parametrize(
     ("content", "clients", "says"),
     [
@@ -149,7 +133,7 @@ def test_a_source_in_the_corpus_saves_the_search(tmp_path: Path, monkeypatch: py
         ("{", 3, "line 1"),
         ("[]\n", 3, "line 1"),
         ('{"document": 5, "text": "x"}\n', 3, "line 1"),
-        ('{"document": "feed", "text": "unknown"}\n', 3, 'add "source"'),
+        ('{"document": "feed", "text": "unknown"}\n', 3, "line 1"),
         ('{"document": "feed", "text": "known", "source": "doc:a.b"}\n', 2, "--clients: got 2, allowed: 1 to 1"),
         ('{"document": "feed", "text": "known", "source": "doc:a.b"}\n', 0, "--clients: got 0, allowed: 1 to 1"),
         ("\udcff", 3, "a cleaned text file"),
@@ -166,7 +150,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("python")
 def test_held_out_text_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "out", corpus.with_name("held_out.jsonl")) == 2
     assert "held-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
