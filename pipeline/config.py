@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from edge_runtime.formats.errors import ConfigError
+from edge_runtime.formats.errors import ConfigError, UserError
+from pipeline.distillation.chain import Link, plan_chain
 from pipeline.settings import Config
 
 _VARIANTS = {"from_scratch", "local", "hub", "pairs", "python_docs", "python_packages"}  # of teacher and data
@@ -54,25 +55,12 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
 
 def _chain_order(members: dict[str, Config]) -> list[str]:
     """Names of a family, each after the submodels that it is cut from or learns from."""
-    left, ordered = dict(members), list[str]()
-    while left:
-        ready = [name for name, config in left.items() if not _needed(config) - {*ordered}]
-        if not ready:
-            raise ConfigError(_broken_chain(left, members))
-        ordered.append(ready[0])
-        del left[ready[0]]
-    return ordered
-
-
-def _needed(config: Config) -> set[str]:
-    return {config.submodel.cut_from, config.submodel.learns_from} - {"teacher"}
-
-
-def _broken_chain(left: dict[str, Config], members: dict[str, Config]) -> str:
-    for name, config in left.items():
-        for needed in sorted(_needed(config) - {*members}):
-            return f"submodel {name}: got {needed!r} to be cut or learn from, allowed: teacher, {', '.join(members)}"
-    return f"family: {', '.join(left)} are cut from each other in a circle; one must be cut from the teacher"
+    submodels = [config.submodel for config in members.values()]
+    try:
+        steps = plan_chain([Link(each.name, each.cut_from, each.checkpoint, each.learns_from) for each in submodels])
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    return [step.name for step in steps]
 
 
 def config_digest(configs: dict[str, Config]) -> str:

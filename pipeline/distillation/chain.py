@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_runtime.formats.errors import UserError
-from pipeline.distillation.pruning import StudentShape
+
+if TYPE_CHECKING:
+    from pipeline.distillation.pruning import StudentShape
 
 TEACHER = "teacher"
 
@@ -31,15 +34,15 @@ class Link:
 
     Attributes:
         name: Of the submodel.
-        from_: What it is cut from: ``teacher`` or the name of another submodel.
+        cut_from: What it is cut from: ``teacher`` or the name of another submodel.
         checkpoint: An existing small checkpoint to start from instead.
-        signal_from: Whose distribution it learns: ``teacher`` or the name of another submodel.
+        learns_from: Whose distribution it learns: ``teacher`` or the name of another submodel.
     """
 
     name: str
-    from_: str = TEACHER
+    cut_from: str = TEACHER
     checkpoint: Path | None = None
-    signal_from: str = TEACHER
+    learns_from: str = TEACHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class ChainStep:
         initialiser: The model it is cut from, and on which importance is measured: ``teacher``, the name of a student
             that an earlier step trained, or None where it starts from a checkpoint.
         checkpoint: Its first weights where ``start`` says so.
-        signal_from: Whose distribution it learns.
+        learns_from: Whose distribution it learns.
         needs: Submodels that must be trained before, in the family's order.
         depth: Cuts between the teacher and this student.
     """
@@ -61,7 +64,7 @@ class ChainStep:
     start: Start
     initialiser: str | None
     checkpoint: Path | None
-    signal_from: str
+    learns_from: str
     needs: tuple[str, ...]
     depth: int
 
@@ -73,7 +76,7 @@ class ChainStep:
     @property
     def uses_stored_targets(self) -> bool:
         """Whether it learns from the targets that the teacher wrote once."""
-        return self.signal_from == TEACHER
+        return self.learns_from == TEACHER
 
 
 def plan_chain(links: Sequence[Link]) -> tuple[ChainStep, ...]:
@@ -91,12 +94,12 @@ def plan_chain(links: Sequence[Link]) -> tuple[ChainStep, ...]:
     while len(steps) < len(links):
         ready = next((link for link in links if link.name not in steps and steps.keys() >= set(needs[link.name])), None)
         if ready is None:
-            raise UserError("submodel.from_", _cycle(needs, steps), "a chain that begins at the teacher")
-        initialiser = None if ready.checkpoint else ready.from_
+            raise UserError("submodel.cut_from", _cycle(needs, steps), "a chain that begins at the teacher")
+        initialiser = None if ready.checkpoint else ready.cut_from
         depth = 0 if initialiser is None else 1 + (0 if initialiser == TEACHER else steps[initialiser].depth)
         start = Start.CHECKPOINT if ready.checkpoint else Start.PRUNED
         steps[ready.name] = ChainStep(
-            ready.name, start, initialiser, ready.checkpoint, ready.signal_from, needs[ready.name], depth
+            ready.name, start, initialiser, ready.checkpoint, ready.learns_from, needs[ready.name], depth
         )
     return tuple(steps.values())
 
@@ -114,7 +117,7 @@ def require_shrinking(steps: Sequence[ChainStep], shapes: Mapping[str, StudentSh
     for step in steps:
         if step.initialiser is None or not step.measures_anew or step.initialiser not in shapes:
             continue
-        for field in StudentShape.__slots__:
+        for field in shapes[step.name].__slots__:
             size, limit = getattr(shapes[step.name], field), getattr(shapes[step.initialiser], field)
             if size > limit:
                 raise UserError(
@@ -129,7 +132,7 @@ def describe_chain(steps: Sequence[ChainStep]) -> list[str]:
     for step in steps:
         origin = f"cut from {step.initialiser}" if step.initialiser else f"starts from {step.checkpoint}"
         measured = ", importance measured on it" if step.measures_anew else ""
-        signal = "stored targets" if step.uses_stored_targets else f"learns online from {step.signal_from}"
+        signal = "stored targets" if step.uses_stored_targets else f"learns online from {step.learns_from}"
         lines.append(f"{step.name}: {origin}{measured}; {signal}")
     return lines
 
@@ -141,19 +144,19 @@ def _require_names(links: Sequence[Link], by_name: Mapping[str, Link]) -> None:
             raise UserError("submodel.name", TEACHER, "any other name", "it stands for the family's teacher")
         if sum(other.name == link.name for other in links) > 1:
             raise UserError("family", link.name, "each submodel once")
-        for field, value in (("from_", link.from_), ("signal_from", link.signal_from)):
+        for field, value in (("cut_from", link.cut_from), ("learns_from", link.learns_from)):
             if value not in known:
                 close = difflib.get_close_matches(value, known, n=1, cutoff=0.6)
                 hint = f"did you mean {close[0]}?" if close else ""
                 raise UserError(f"submodel {link.name}: {field}", value, ", ".join(known), hint)
-        if link.checkpoint is not None and link.from_ != TEACHER:
+        if link.checkpoint is not None and link.cut_from != TEACHER:
             raise UserError(
-                f"submodel {link.name}: from_", link.from_, "nothing beside checkpoint", "choose one of the two"
+                f"submodel {link.name}: cut_from", link.cut_from, "nothing beside checkpoint", "choose one of the two"
             )  # fmt: skip
 
 
 def _needs(link: Link, links: Sequence[Link]) -> tuple[str, ...]:
-    wanted = {link.signal_from} | ({link.from_} if link.checkpoint is None else set())
+    wanted = {link.learns_from} | ({link.cut_from} if link.checkpoint is None else set())
     return tuple(other.name for other in links if other.name in wanted)
 
 

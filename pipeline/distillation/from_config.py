@@ -1,4 +1,4 @@
-"""What the configuration says of training, in the words of the libraries: plans, losses, links of the chain."""
+"""What the configuration says of training, in the words of the libraries: plans and losses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.distillation.chain import Link
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings
 from pipeline.distillation.trainer import TrainPlan, computes_bf16
 
 if TYPE_CHECKING:
-    from pipeline.settings import Config, SubmodelConfig
+    from pipeline.settings import Config
 
 
 def training_device() -> torch.device:
@@ -50,8 +49,3 @@ def loss_settings(config: Config) -> LossSettings:
     return LossSettings(
         kind, temperature=distill.temperature, beta=distill.beta, skew=distill.skew, chunk_tokens=distill.chunk_tokens
     )
-
-
-def link(submodel: SubmodelConfig) -> Link:
-    """A submodel's place in the chain."""
-    return Link(submodel.name, submodel.cut_from, submodel.checkpoint, submodel.learns_from)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -23,9 +22,6 @@ from pipeline.distillation.signals import DenseSignal, SignalSource, SparseSigna
 
 Objective = Callable[[Any, Batch], LossSum]
 """(model, batch) -> loss summed over counted positions, and their number."""
-
-LogitsLoss = Callable[[torch.Tensor, NDArray[Any], torch.Tensor], torch.Tensor]
-"""(logits (B, T, V), sequence numbers (B,), tokens (B, T)) -> scalar, a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +74,6 @@ def next_token_objective(model: Any, batch: Batch) -> LossSum:
     targets = batch.tokens[:, 1:].masked_fill(~counts.to(batch.tokens.device), -100)
     total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     return LossSum(total, counts.sum())
-
-
-def logits_objective(loss: LogitsLoss) -> Objective:
-    """An objective out of a mean over whole sequences, which ignores ``counts``."""
-
-    def objective(model: Any, batch: Batch) -> LossSum:
-        logits = model(input_ids=batch.tokens, use_cache=False).logits
-        sequences = len(batch.tokens)
-        value = loss(logits, batch.rows, batch.tokens)
-        return LossSum(value * sequences, torch.tensor(float(sequences), device=value.device))
-
-    return objective
 
 
 def hidden_and_head(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ def join_processes() -> Processes:
     """The processes that torchrun started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes, state.device)

@@ -138,7 +138,7 @@ def memory_bytes(device: torch.device) -> int:
     """What this process holds now: of the GPU at its peak, or resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     return int(psutil.Process().memory_info().rss)
 

@@ -87,8 +87,8 @@ def test_edge_install_generates_greedily_what_torch_finds_likeliest(
     prompt = [BOS_ID, *tokenizer_of(finished).encode(PROMPT).ids]
     logits = torch_logits(student, prompt + answer["tokens"], adapter if with_adapter else None)[len(prompt) - 1 : -1]
     for step, token in zip(logits, answer["tokens"], strict=True):
-        # Two logits, each off by at most four times what int8 activations do on average; a wrong graph: whole spreads.
-        assert float(step.max() - step[token]) <= 8 * AGREEMENT * float(step.std())
+        # int8 activations move a logit by a few hundredths of the spread; a wrong graph by whole spreads
+        assert float(step.max() - step[token]) <= 0.1 * float(step.std())
 
 
 @pytest.mark.parametrize("container", ["onnx", "tflite"])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +83,7 @@ def learned(finished: FinishedRun, edge_python: Path, tmp_path_factory: pytest.T
             "name=classes", f"package={package}", f"rounds={ROUNDS}", "gate=false",
             "adapter.targets=[q_proj,v_proj]", f"adapter.ranks=[{RANK}]", "adapter.alpha=8", "local.steps=30",
             f"local.batch_sequences={BATCH}", f"local.sequence_tokens={TOKENS}",
-            "local.learning_rate=5e-2", "local.learning_rate_b=5e-2", "optimizer.name=fedavg", "optimizer.average=0",
+            "local.learning_rate=3e-2", "local.learning_rate_b=3e-2", "optimizer.name=fedavg", "optimizer.average=0",
             "cohort.size=3", "cohort.over_selection=1", "cohort.quorum=3", "cohort.patience_s=120",
             "cohort.shortest_deadline_s=100", "cohort.longest_deadline_s=100", "evaluation.most_sequences=16",
         ),
@@ -137,7 +136,7 @@ def test_devices_with_and_without_torch_learn_in_the_same_rounds(learned: Learne
     assert all(device["folded"] == ROUNDS for device in devices)
     (baseline,) = read_ledger(learned.home, "classes", "baseline")
     losses = [baseline["held_out_loss"], *(record["held_out_loss"] for record in rounds)]
-    assert all(after < before + 0.02 for before, after in pairwise(losses)) and losses[-1] < losses[0] - 0.5, losses
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5, losses
 
 
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
@@ -191,7 +190,7 @@ def test_what_they_learned_writes_the_same_text_through_both_runtimes(
     assert compare_logits(onnx, plain).rms_ratio > LEARNED, "an adapter that is ignored would pass the line above"
     assert len(texts["onnx"]) == len(texts["tflite"]) == NEW_TOKENS
     for row, token in zip(tflite[len(prompt) - 1 : -1], texts["onnx"], strict=True):
-        assert float(row.max() - row[token]) <= 8 * AGREEMENT * float(row.std())
+        assert float(row.max() - row[token]) <= 0.1 * float(row.std())
 
 
 def _run(python: Path, command: str, package: Path, container: str, *words: str) -> str:

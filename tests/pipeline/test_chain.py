@@ -15,9 +15,9 @@ from pipeline.distillation.pruning import StudentShape
 
 CHAIN = [
     Link("3b"),
-    Link("1_5b", "3b", signal_from="3b"),
-    Link("0_5b", "1_5b", signal_from="1_5b"),
-    Link("135m", "0_5b", signal_from="0_5b"),
+    Link("1_5b", "3b", learns_from="3b"),
+    Link("0_5b", "1_5b", learns_from="1_5b"),
+    Link("135m", "0_5b", learns_from="0_5b"),
 ]
 
 
@@ -26,7 +26,7 @@ def test_each_student_of_a_chain_comes_after_the_one_it_is_cut_from() -> None:
         steps = plan_chain(order)
         assert [step.name for step in steps] == ["3b", "1_5b", "0_5b", "135m"]
         assert [step.initialiser for step in steps] == ["teacher", "3b", "1_5b", "0_5b"]
-        assert [step.signal_from for step in steps] == ["teacher", "3b", "1_5b", "0_5b"]
+        assert [step.learns_from for step in steps] == ["teacher", "3b", "1_5b", "0_5b"]
         assert [step.depth for step in steps] == [1, 2, 3, 4]
         assert [step.measures_anew for step in steps] == [False, True, True, True]
         assert [step.uses_stored_targets for step in steps] == [True, False, False, False]
@@ -48,7 +48,7 @@ def test_a_checkpoint_needs_nobody_and_may_teach_others() -> None:
 
 
 def test_initialiser_and_teacher_may_be_two() -> None:
-    steps = plan_chain([Link("c", "a", signal_from="b"), Link("b"), Link("a")])
+    steps = plan_chain([Link("c", "a", learns_from="b"), Link("b"), Link("a")])
     assert [step.name for step in steps] == ["b", "a", "c"] and steps[2].needs == ("b", "a")
 
 
@@ -63,11 +63,11 @@ def test_initialiser_and_teacher_may_be_two() -> None:
 def test_whatever_has_no_cycle_is_ordered(drawn: tuple[object, ...]) -> None:
     order, *parents = drawn
     names = {-1: "teacher"} | {i: f"s{i}" for i in range(len(parents))}
-    links = [Link(names[i], names[a], signal_from=names[b]) for i, (a, b) in enumerate(parents)]
+    links = [Link(names[i], names[a], learns_from=names[b]) for i, (a, b) in enumerate(parents)]
     steps = plan_chain([links[i] for i in order])
     done: set[str] = {"teacher"}
     for step in steps:
-        assert {step.initialiser, step.signal_from} <= done and set(step.needs) <= done
+        assert {step.initialiser, step.learns_from} <= done and set(step.needs) <= done
         done.add(step.name)
     assert len(steps) == len(links)
 
@@ -76,18 +76,18 @@ def test_whatever_has_no_cycle_is_ordered(drawn: tuple[object, ...]) -> None:
     ("links", "message"),
     [
         ([], r"^family: got 'no submodels', allowed: at least one$"),
-        ([Link("a", "a")], r"^submodel\.from_: got 'a -> a', allowed: a chain that begins at the teacher$"),
+        ([Link("a", "a")], r"^submodel\.cut_from: got 'a -> a', allowed: a chain that begins at the teacher$"),
         ([Link("ok"), Link("a", "c"), Link("b", "a"), Link("c", "b")], r"got 'a -> c -> b -> a'"),
-        ([Link("a", signal_from="b"), Link("b", "a")], r"got 'a -> b -> a'"),
+        ([Link("a", learns_from="b"), Link("b", "a")], r"got 'a -> b -> a'"),
         ([Link("c", "a"), Link("a", "b"), Link("b", "a")], r"got 'a -> b -> a'"),
-        ([Link("a"), Link("b", "aa")], r"^submodel b: from_: got 'aa', allowed: teacher, a, b; did you mean a\?$"),
-        ([Link("a", signal_from="techer")], r"^submodel a: signal_from: got 'techer'.*did you mean teacher\?$"),
-        ([Link("a", "zzz")], r"^submodel a: from_: got 'zzz', allowed: teacher, a$"),
+        ([Link("a"), Link("b", "aa")], r"^submodel b: cut_from: got 'aa', allowed: teacher, a, b; did you mean a\?$"),
+        ([Link("a", learns_from="techer")], r"^submodel a: learns_from: got 'techer'.*did you mean teacher\?$"),
+        ([Link("a", "zzz")], r"^submodel a: cut_from: got 'zzz', allowed: teacher, a$"),
         ([Link("a"), Link("a")], r"^family: got 'a', allowed: each submodel once$"),
         ([Link("teacher")], r"^submodel\.name: got 'teacher'"),
         (
             [Link("a"), Link("b", "a", Path("x"))],
-            r"^submodel b: from_: got 'a', allowed: nothing beside checkpoint; choose",
+            r"^submodel b: cut_from: got 'a', allowed: nothing beside checkpoint; choose",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_student_larger_than_the_one_it_is_cut_from_is_refused() -> None:
 
 
 def test_a_dry_run_says_what_each_starts_from() -> None:
-    steps = plan_chain([Link("a"), Link("b", "a", signal_from="a"), Link("c", checkpoint=Path("/m/c"))])
+    steps = plan_chain([Link("a"), Link("b", "a", learns_from="a"), Link("c", checkpoint=Path("/m/c"))])
     assert describe_chain(steps) == [
         "a: cut from teacher; stored targets",
         "b: cut from a, importance measured on it; learns online from a",

@@ -16,7 +16,6 @@ from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import (
     LossSettings,
     Objective,
-    logits_objective,
     next_token_objective,
     signal_objective,
     text_objective,
@@ -102,12 +101,6 @@ def test_an_adapter_on_the_head_is_refused_where_it_would_be_left_out(make_model
     )
     with pytest.raises(UserError, match="leave lm_head out"):
         text_objective()(model, BATCH)
-
-
-def test_a_mean_over_logits_weighs_its_sequences(make_model: MakeModel) -> None:
-    model = make_model(num_hidden_layers=1)
-    loss = logits_objective(lambda logits, rows, tokens: logits.sum() * 0 + rows.sum() + tokens.shape[1])(model, BATCH)
-    assert float(loss.total.detach()) == 3 * (0 + 1 + 2 + 12) and float(loss.weight) == 3
 
 
 def _same_mean_and_gradients(model: Any, loss: LossSum, reference: Any, expected: torch.Tensor) -> None:
