@@ -80,7 +80,7 @@ FULL = Scale(
         Phase("512 tokens", LongMixture(512, 0.75, 20, 20), 150, 64, 64, 1e-3, 4, 0.12),
         Phase("2,048 tokens", LongMixture(2_048, 0.75, 80, 80), 150, 16, 16, 1e-3, 3, 0.1),
     ),
-    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 1_024, 1_024), 100, 2, 1, 5e-4, 4, 0.25),
+    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 1_024, 1_024), 100, 2, 1, 5e-4, 8, 0.5),
     lengths=(2_048, 8_192, 16_384, 32_768),
     edges=(0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768),
     trials=20, perplexity_sequences=3,
@@ -196,7 +196,7 @@ def repeated(text: NDArray[np.int32], tokens: int, seed: int) -> NDArray[np.int3
 
 def probe(model: Any, text: Text, tokens: int) -> float:
     """Recall over few depths at one length."""
-    scores = recall_table(model, text, AttentionPattern(), (tokens,), trials=8, depths=(0.0, 0.35, 0.7))
+    scores = recall_table(model, text, AttentionPattern(), (tokens,), trials=12, depths=(0.0, 0.1, 0.2, 0.6))
     return sum(score.found for score in scores) / sum(score.trials for score in scores)
 
 
