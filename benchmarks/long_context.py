@@ -76,11 +76,11 @@ class Scale:
 FULL = Scale(
     base_tokens=2_048, factor=16.0, window_tokens=2_044,
     short=(
-        Phase("128 tokens", LongMixture(128, 0.9, 5, 5, text_counts=False), 300, 256, 256, 1e-3, 8, 0.25, epochs=2),
+        Phase("128 tokens", LongMixture(128, 0.9, 5, 5, False), 300, 256, 256, 1e-3, 8, 0.25, epochs=2),
         Phase("512 tokens", LongMixture(512, 0.75, 20, 20), 150, 64, 64, 1e-3, 4, 0.12),
         Phase("2,048 tokens", LongMixture(2_048, 0.75, 80, 80), 150, 16, 16, 1e-3, 3, 0.1),
     ),
-    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 1_024, 1_024), 100, 2, 1, 5e-4, 8, 0.5),
+    long=Phase("32,768 tokens", LongMixture(32_768, 0.75, 1_024, 1_024, False), 100, 2, 1, 5e-4, 8, 0.47),
     lengths=(2_048, 8_192, 16_384, 32_768),
     edges=(0, 256, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768),
     trials=20, perplexity_sequences=3,

@@ -160,7 +160,7 @@ def _retrieval_row(
 ) -> tuple[Ids, NDArray[np.bool_]]:
     """Tokens (T,), and which of them are learned."""
     needles = draw_needles(form, count, rng)
-    first = rng.random(count)
+    first = rng.random(count) ** 2  # more of them early: what lies far back is what has to be learned
     first[0] = 0.0  # nothing before it: the place that random ones leave out, and where recall is lowest
     asked = rng.permutation(count)[:questions]  # each once: an earlier answer close by would do for a later one
     late = rng.random(questions) < _LATE_SHARE

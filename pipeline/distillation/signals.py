@@ -149,7 +149,8 @@ def _invert(masses: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, t
 def last_hidden(teacher: Any, tokens: torch.Tensor, bf16: bool) -> torch.Tensor:
     """Hidden states (B, T, H) after the last norm, on the device where the teacher leaves them."""
     device = teacher.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    casts = bf16 and teacher.dtype == torch.float32  # weights in bf16 need none, and the look at every operation costs
+    with torch.autocast(device.type, torch.bfloat16, enabled=casts):
         hidden: torch.Tensor = teacher.get_decoder()(input_ids=tokens.to(device), use_cache=False).last_hidden_state
     return hidden
 
