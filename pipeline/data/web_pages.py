@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +21,6 @@ from pipeline.data.verdicts import Drop, DropReason, Keep, Verdict
 _SIGN_ONLY = re.compile(r"[\W_]+")
 _LETTER = re.compile(r"[^\W\d_]")
 _SPACES = re.compile(r"\s+")
-_PARAGRAPH_END = re.compile(r"\n{2,}")
-_LINE_END = re.compile(r"\n+")
 _BULLETS = ("•", "-", "*", "·", "●", "○", "■", "◆", "▪", "※")
 _ELLIPSES = ("...", "…", "。。。")
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
@@ -32,7 +33,7 @@ class _Units:
 
     ids: npt.NDArray[np.int64]  # (N,)
     lengths: npt.NDArray[np.int64]  # (N,) characters
-    names: frozenset[str]  # the distinct units
+    names: Set[str]  # the distinct units
     words: int  # units that are not punctuation alone
     word_chars: int
     letter_units: int
@@ -45,7 +46,7 @@ def gopher_quality(text: str, language: str) -> Verdict:
     reason = _word_fault(units, limits) or _line_fault(text, limits, len(units.ids))
     if reason is None and units.letter_units < limits.min_letter_unit_ratio * len(units.ids):
         reason = DropReason.FEW_LETTER_WORDS
-    if reason is None and len(limits.stop_words & units.names) < limits.min_stop_words:
+    if reason is None and len(units.names & limits.stop_words) < limits.min_stop_words:
         reason = DropReason.FEW_STOP_WORDS
     return Drop(reason) if reason else Keep(text)
 
@@ -53,10 +54,10 @@ def gopher_quality(text: str, language: str) -> Verdict:
 def gopher_repetition(text: str, language: str) -> Verdict:
     """Gopher's rules on repetition: paragraphs, lines, the most frequent phrase, passages that stood before."""
     limits = LIMITS.get(language, OTHER)
-    count_ratio, char_ratio = repeated_share(_PARAGRAPH_END.split(text), len(text))
+    count_ratio, char_ratio = repeated_share(_split(text, 2), len(text))
     if count_ratio > limits.max_repeated_paragraph_ratio or char_ratio > limits.max_repeated_paragraph_char_ratio:
         return Drop(DropReason.REPEATED_PARAGRAPHS)
-    count_ratio, char_ratio = repeated_share(_LINE_END.split(text), len(text))
+    count_ratio, char_ratio = repeated_share(_split(text, 1), len(text))
     if count_ratio > limits.max_repeated_line_ratio or char_ratio > limits.max_repeated_line_char_ratio:
         return Drop(DropReason.REPEATED_LINES)
     units = _measure(text, limits.unit)
@@ -84,6 +85,13 @@ def c4_lines(text: str, language: str) -> Verdict:
     return Keep(kept)
 
 
+def _split(text: str, line_ends: int) -> list[str]:
+    """Split at runs of at least one line end, or of two: fast where no run is longer than two."""
+    if "\n\n\n" in text:
+        return re.split(rf"\n{{{line_ends},}}", text)
+    return text.split("\n\n") if line_ends == 2 else text.replace("\n\n", "\n").split("\n")
+
+
 @functools.lru_cache(maxsize=1)  # quality and repetition look at the same text, one after the other
 def _measure(text: str, unit: Literal["words", "characters"]) -> _Units:
     return _measure_words(text) if unit == "words" else _measure_characters(text)
@@ -91,21 +99,20 @@ def _measure(text: str, unit: Literal["words", "characters"]) -> _Units:
 
 def _measure_words(text: str) -> _Units:
     words = text.split()
-    names = list(dict.fromkeys(words))
-    index = dict(zip(names, range(len(names)), strict=True))
+    index: defaultdict[str, int] = defaultdict(itertools.count().__next__)  # in the order of the first ones
     ids = np.fromiter(map(index.__getitem__, words), np.int64, len(words))
     lengths = np.fromiter(map(len, index), np.int64, len(index))
     counts = np.bincount(ids, minlength=len(index))
-    # Each distinct word is looked at once: there are few of them.
-    letters = np.fromiter(map(str.isalpha, index), np.bool_, len(index))
-    proper = letters.copy()
-    for number in np.flatnonzero(~letters).tolist():
-        letters[number] = _LETTER.search(names[number]) is not None
-        proper[number] = letters[number] or _SIGN_ONLY.fullmatch(names[number]) is None
+    letters, proper = np.ones(len(index), np.bool_), np.ones(len(index), np.bool_)
+    # Each distinct word is looked at once, and only at its first character in most: there are few of the others.
+    for number, name in enumerate(index):
+        if not name[0].isalpha() and _LETTER.search(name) is None:
+            letters[number] = False
+            proper[number] = _SIGN_ONLY.fullmatch(name) is None
     return _Units(
         ids=ids,
         lengths=lengths[ids],
-        names=frozenset(index),
+        names=index.keys(),
         words=int(counts[proper].sum()),
         word_chars=int((counts * lengths)[proper].sum()),
         letter_units=int(counts[letters].sum()),
