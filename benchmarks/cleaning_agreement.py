@@ -1,7 +1,7 @@
 """Whether cleaning and datatrove say the same of the same documents; tables for cleaning.py.
 
-The peer's verdicts come from cleaning_datatrove.py, one line a document. Near duplicates, which both sides estimate, are
-held against the exact similarity of the documents' word 5-grams.
+The peer's verdicts come from cleaning_datatrove.py, one line a document. Near duplicates, which both sides estimate,
+are held against the exact similarity of the documents' word 5-grams.
 """
 
 from __future__ import annotations

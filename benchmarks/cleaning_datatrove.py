@@ -1,8 +1,8 @@
 """The peer's half of cleaning.py, run by a Python that has datatrove: rules and MinHash on one JSON lines file.
 
 ``cleaning_datatrove.py CORPUS FOLDER clean|verdicts spaces|spacy`` prints one line of JSON: CPU seconds without imports
-and documents kept; or it writes FOLDER/verdicts.jsonl, why each document is dropped (an empty object is printed). Words are split at spaces and
-sentences as our rules do, so that both sides count the same things; or by spaCy, datatrove's default.
+and documents kept; or nothing much, and writes FOLDER/verdicts.jsonl: why each document is dropped. Words are split at
+spaces and sentences as our rules do, so that both sides count the same things; or by spaCy, datatrove's default.
 """
 
 from __future__ import annotations
