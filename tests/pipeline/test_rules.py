@@ -67,6 +67,7 @@ def test_good_pages_are_kept_as_they_are(text: str, language: str) -> None:
     [
         (" ".join(PROSE.split()[:50]), None),
         (" ".join(PROSE.split()[:49]), "few_words"),  # gopher_short_doc
+        (" ".join(PROSE.split()[:49]) + " 1851", None),  # kept: a number is a word
         (" ".join(PROSE.split()[:49]) + " -- ...", "few_words"),  # gopher_short_doc: signs are no words
         ("to be of it " * 30, "word_length"),  # gopher_below_avg_threshold
         ("the incomprehensibility mischaracterizations and " * 15, "word_length"),  # gopher_above_avg_threshold
