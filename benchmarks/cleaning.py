@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--datatrove-python", type=Path, help="a Python that has datatrove 0.10.1; none: ours alone")
     parser.add_argument("--tables", nargs="+", choices=_TABLES, default=_TABLES)
     parser.add_argument("--megabytes", type=int, default=100, help="of the corpus of the speed table")
-    parser.add_argument("--runs", type=int, default=3, help="of each, alternating")
+    parser.add_argument("--runs", type=int, default=2, help="of each, alternating")
     parser.add_argument(
         "--spacy-megabytes", type=int, default=4, help="for datatrove with spaCy's words, which is slow"
     )
@@ -194,7 +195,7 @@ def _clean(corpus: Path, folder: Path, kind: str) -> int:
 def _rates(runs: list[Run], seconds: str, size_mb: float) -> str:
     rates = sorted(size_mb / run[seconds] for run in runs)
     spread = f" [{rates[0]:.2f}, {rates[-1]:.2f}]" if len(rates) > 1 else ""
-    return f"{rates[len(rates) // 2]:.2f}{spread}"
+    return f"{statistics.median(rates):.2f}{spread}"
 
 
 if __name__ == "__main__":
