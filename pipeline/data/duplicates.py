@@ -11,18 +11,15 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.shingles import Units, gram_hashes
 
-if TYPE_CHECKING:
-    from datasketch import MinHash
-
 SHINGLE_UNITS = 5  # words of English, characters of Chinese
 PERMUTATIONS = 128  # the estimate's standard deviation is sqrt(J (1 - J) / 128), 0.035 at J = 0.8
-_GRAMS_AT_ONCE = 4096  # bounds what the permutations of a long text hold in memory
+_GRAMS_AT_ONCE = 256  # their permutations stay in a core's cache
 _CANDIDATES = 256  # compared for one document; more share a band only in a corpus of one template
 _EXACT_KEY_BYTES = 16
 _TABLES = """
@@ -60,16 +57,18 @@ def choose_bands(threshold: float) -> Bands:
 def sign(units: Units) -> bytes:
     """The MinHash signature of a text's 5-grams, little-endian uint32; empty for a text of fewer than five units.
 
-    A. Broder, "On the resemblance and containment of documents", 1997.
+    A. Broder, "On the resemblance and containment of documents", 1997; the signatures are those of datasketch's
+    ``affine32`` scheme, without its loops over Python numbers.
     """
-    grams = (gram_hashes(units.hashes, SHINGLE_UNITS) >> np.uint64(32)).tolist()
-    if not grams:
+    grams = _mix((gram_hashes(units.hashes, SHINGLE_UNITS) >> np.uint64(32)).astype(np.uint32))
+    if not len(grams):
         return b""
-    minhash = _minhash()
-    minhash.clear()
+    factors, offsets = _permutations()
+    least = np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
     for start in range(0, len(grams), _GRAMS_AT_ONCE):
-        minhash.update_batch(grams[start : start + _GRAMS_AT_ONCE])
-    return np.asarray(minhash.hashvalues, dtype="<u4").tobytes()
+        permuted = grams[start : start + _GRAMS_AT_ONCE, None] * factors + offsets
+        np.minimum(least, permuted.min(axis=0), out=least)
+    return least.astype("<u4").tobytes()
 
 
 def estimate_jaccard(one: bytes, other: bytes) -> float:
@@ -146,13 +145,20 @@ class DuplicateIndex:
             yield Cluster(source, copies)
 
 
+def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The finaliser of MurmurHash3 for 32 bits."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return values ^ (values >> np.uint32(16))
+
+
 @lru_cache(maxsize=1)
-def _minhash() -> MinHash:
-    """One object for all texts of a process: drawing the permutations costs more than a short text's signature."""
+def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """(PERMUTATIONS,) factors and offsets modulo 2^32, drawn once a process."""
     from datasketch import MinHash
 
-    options: dict[str, Any] = {"num_perm": PERMUTATIONS, "seed": 1, "scheme": "affine32", "hashfunc": int}
-    return MinHash(**options)
+    factors, offsets = MinHash(num_perm=PERMUTATIONS, seed=1, scheme="affine32").permutations
+    return factors, offsets
 
 
 def _band_keys(signature: bytes, bands: Bands) -> Sequence[int]:

@@ -76,6 +76,8 @@ def identify(text: str) -> Language:
 def script_ratio(text: str, language: str) -> float:
     """The share of a text's letters that belong to the scripts of a language; 1 where they are not known."""
     scripts = SCRIPTS.get(language)
+    if scripts is not None and Script.LATIN in scripts and text.isascii():
+        return 1.0
     counts = count_scripts(text)
     letters = int(counts[1:].sum())
     if scripts is None or letters == 0:
@@ -92,11 +94,13 @@ def _sample(text: str) -> str:
 
 
 def _ask_model(sample: str) -> Language:
-    weighted = {code: ratio * _weight(code) for code, ratio in _identifier().rank(sample) if code != "zxx"}
+    weighted = {code: ratio * _weight(code) for code, ratio in _identifier().rank(sample)}
+    weighted.pop("zxx", None)  # no language at all
     code = max(weighted, key=weighted.__getitem__)
     return Language(code, weighted[code] / sum(weighted.values()))
 
 
+@functools.cache
 def _weight(code: str) -> float:
     if code == "en":
         return _ENGLISH_WEIGHT

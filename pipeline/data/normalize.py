@@ -8,7 +8,7 @@ import unicodedata
 # UTF-8 read in a one-byte encoding shows a lead byte's letter and then a continuation byte's sign, or a space where
 # a no-break space stood. The last ones of the first set are those of Mac OS Roman and of code page 437.
 _SUSPECT_LEAD = "\u00c0-\u04ff\u201a\u221a\u00ac\u251c\u252c"
-_SUSPECT = re.compile(f"[{_SUSPECT_LEAD}] ?[\u0080-\u2fff]|[\u00c2-\u00df] ")
+_SUSPECT = re.compile(f"[{_SUSPECT_LEAD}](?: ?[\u0080-\u2fff]|(?<=[\u00c2-\u00df]) )")
 
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as JSON's escapes can write it; UTF-8 has none
@@ -29,7 +29,7 @@ _INVISIBLE_SET = (
 _INVISIBLE = re.compile(f"[{_INVISIBLE_SET}]")
 # Tags after a black flag name its region; elsewhere nobody sees them.
 _TAGS = re.compile("(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]+")
-_ASCII_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+_ASCII_CONTROLS = bytes((*range(0x09), *range(0x0B, 0x20), 0x7F))
 # ZERO WIDTH (NON-)JOINER means something between letters of joined and of Indic scripts and, the joiner, in emoji.
 _JOINED_LETTER = (
     "\u0620-\u074f\u0750-\u077f\u07c0-\u07ff\u08a0-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u17d3\u1820-\u18aa"
@@ -61,7 +61,7 @@ def normalize(text: str) -> str:
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.isascii():
-        return _tidy_lines(_ASCII_CONTROL.sub("", text))
+        return _tidy_lines(text.encode().translate(None, _ASCII_CONTROLS).decode())
     repaired = _repair_encoding(text)
     while True:
         text = _tidy_lines(_rewrite_characters(repaired))
@@ -102,5 +102,5 @@ def _join_surrogates(pair: re.Match[str]) -> str:
 
 
 def _tidy_lines(text: str) -> str:
-    text = "\n".join([line.rstrip() for line in text.split("\n")])
-    return _BLANK_LINES.sub("\n\n", text).strip()
+    text = "\n".join(map(str.rstrip, text.split("\n")))
+    return (_BLANK_LINES.sub("\n\n", text) if "\n\n\n" in text else text).strip()

@@ -63,6 +63,7 @@ _COUNTRY = re.compile(
     r"|(?:2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[124]|9[0-58])[0-9]{7,12}|(?:2[1-69]|3[578]|42|5[09]|6[78]|85|88|9[679])[0-9]{7,12}"
 )
 _IPV4 = re.compile(r"[0-9](?<![0-9A-Za-z_.-][0-9])[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|\.[0-9]|-[0-9A-Za-z])")
+_DOTS = re.compile(r"\.[0-9]{1,3}\.[0-9]")  # any of the above has them, and they are found faster
 _IPV6 = re.compile(r"(?<![0-9A-Za-z_:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){3,7}(?![0-9A-Za-z_:]|\.[0-9])")
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:[0-9A-Fa-f]{0,4}:")
 _VERSION_PART = 20  # versions and sections seldom go beyond; addresses seldom stay below in three of four places
@@ -91,7 +92,7 @@ def scrub(text: str) -> Scrubbed:
     if "@" in text:
         text = _replace_emails(text, counts)
     text = _replace_numbers(text, counts)
-    if "." in text:
+    if _DOTS.search(text):
         text = _replace(_IPV4, "ip", text, counts, _ipv4_part)
     if _COLONS.search(text):
         text = _replace(_IPV6, "ip", text, counts, _ipv6_part)

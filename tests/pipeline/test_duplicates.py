@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from datasketch import MinHashLSH
+from datasketch import MinHash, MinHashLSH
 
 from pipeline.data.duplicates import PERMUTATIONS, Bands, Cluster, DuplicateIndex, choose_bands, estimate_jaccard, sign
-from pipeline.data.shingles import read_units
+from pipeline.data.shingles import gram_hashes, read_units
 
 WORDS = [f"word{number}" for number in range(4000)]
 
@@ -55,6 +55,14 @@ def test_a_long_text_is_signed_in_pieces_as_if_at_once() -> None:
     words = [f"{number}" for number in range(9000)]
     pieces = [np.frombuffer(_sign(" ".join(words[start : start + 3004])), "<u4") for start in (0, 3000, 6000)]
     assert (np.min(pieces, axis=0) == np.frombuffer(_sign(" ".join(words)), "<u4")).all()
+
+
+@pytest.mark.parametrize("words", [5, 260, 261, 900])
+def test_signatures_are_those_of_datasketch(words: int) -> None:
+    units = read_units(" ".join(WORDS[:words]))
+    minhash = MinHash(num_perm=PERMUTATIONS, seed=1, scheme="affine32", hashfunc=int)
+    minhash.update_batch((gram_hashes(units.hashes, 5) >> np.uint64(32)).tolist())
+    assert sign(units) == minhash.hashvalues.astype("<u4").tobytes()
 
 
 def test_bands_are_those_that_datasketch_chooses() -> None:
@@ -130,8 +138,6 @@ def _jaccard(one: list[str], other: list[str]) -> float:
     return len(first & second) / len(first | second)
 
 
-def _minhash(signature: bytes) -> object:
-    from datasketch import MinHash
-
+def _minhash(signature: bytes) -> MinHash:
     values = np.frombuffer(signature, "<u4")
     return MinHash(num_perm=PERMUTATIONS, hashvalues=values, scheme="affine32")

@@ -42,6 +42,11 @@ def test_short_texts(code: str, texts: str) -> None:
     assert found == dict.fromkeys(found, code)
 
 
+def test_no_text_is_in_no_language() -> None:
+    """The model has a label for that, and would give it here; whether this is text is for the rules to say."""
+    assert identify("0x1f 0xa3 ff aa bb dd 00").code == "om"
+
+
 def test_probabilities_say_how_sure_it_is() -> None:
     assert identify("你好，世界") == Language("zh", 1.0)
     assert identify("") == Language("und", 0.0)

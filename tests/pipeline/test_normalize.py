@@ -27,6 +27,7 @@ TEXT = st.text(st.one_of(st.characters(), st.sampled_from(PIECES)))
         ("Cafe\u0301", "Café"),
         ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
         ("tab\tkept, bell\x07 and\x85 escape\x1b gone", "tab\tkept, bell and escape gone"),
+        ("bell\x07, feed\x0b\x0c, separator\x1f and delete\x7f", "bell, feed, separator and delete"),
         ("zero\u200bwidth\ufeff \u2060joined\u200e", "zerowidth joined"),
         ("right\u202eto\u2066left", "righttoleft"),
         ("soft\u00adhyphen", "softhyphen"),
@@ -93,6 +94,10 @@ def test_utf8_that_was_read_otherwise_is_repaired(text: str, encoding: str) -> N
     assert normalize(f"fine\n{damaged}\nfine") == f"fine\n{ftfy.fix_encoding(damaged)}\nfine".replace("\x85", "")
     if encoding == "sloppy-windows-1252":
         assert normalize(damaged) == text
+
+
+def test_a_no_break_space_that_became_a_space_is_repaired() -> None:
+    assert normalize("voilÃ  le travail") == "voilà le travail"
 
 
 def test_twice_damaged_is_repaired_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -66,6 +67,7 @@ def test_good_pages_are_kept_as_they_are(text: str, language: str) -> None:
     [
         (" ".join(PROSE.split()[:50]), None),
         (" ".join(PROSE.split()[:49]), "few_words"),  # gopher_short_doc
+        (" ".join(PROSE.split()[:49]) + " 1851", None),  # kept: a number is a word
         (" ".join(PROSE.split()[:49]) + " -- ...", "few_words"),  # gopher_short_doc: signs are no words
         ("to be of it " * 30, "word_length"),  # gopher_below_avg_threshold
         ("the incomprehensibility mischaracterizations and " * 15, "word_length"),  # gopher_above_avg_threshold
@@ -140,6 +142,61 @@ def test_gopher_repetition(text: str, language: str, expected: str | None) -> No
 )
 def test_c4_removes_lines_and_drops_pages(text: str, language: str, expected: Verdict) -> None:
     assert c4_lines(text, language) == expected
+
+
+# Each was put to datatrove 0.10.1 too (C4QualityFilter, sentences as ours, lines without a terminal mark kept), which
+# says the same; it goes by C4's own code.
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", None),  # too short to stay, whatever is in it
+        ("x = {}", "curly_bracket"),
+        ("This needs JavaScript {on}", None),  # gone before brackets are looked for
+        ("Privacy policy of {site}", "curly_bracket"),  # these go after
+        ("a { " + "x" * 1001, None),
+        ("Lorem ipsum", None),
+        ("lorem ipsum in javascript", "lorem_ipsum"),
+        ("lorem ipsum {dolor} sit", "lorem_ipsum"),
+        ("See this [12]", None),  # two words without the citation; datatrove, unlike C4's code, counts three
+        ("[" + "1" * 1001 + "] is a citation", None),  # a long word before it is one
+    ],
+)
+def test_a_bracket_or_filler_text_counts_only_in_lines_that_stay(line: str, expected: str | None) -> None:
+    verdict = c4_lines(f"{PROSE}\n{line}", "en")
+    assert reason(verdict) == expected
+    assert expected is not None or verdict == Keep(PROSE)
+
+
+def test_c4_keeps_the_indentation_of_lines() -> None:
+    assert c4_lines(f"{PROSE}\n    and so it is", "en") == Keep(f"{PROSE}\n    and so it is")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [(" ½³²", False), (" ½a²", True), (" ³½a", True), (" ⅷ", False), (" 中", True)]
+)
+def test_a_word_with_letters_is_one_with_a_letter_anywhere(text: str, kept: bool) -> None:
+    """Numerals of other kinds than digits are no letters; datatrove says the same of each."""
+    assert reason(gopher_quality(PROSE + text * 25, "en")) == (None if kept else "few_letter_words")
+
+
+def test_a_phrase_that_stands_once_repeats_nothing() -> None:
+    """datatrove drops it: top_2_gram."""
+    assert reason(gopher_repetition("https://" + "x" * 200 + " " + PROSE, "en")) is None
+
+
+@given(st.text(st.sampled_from("a\n b"), max_size=40))
+def test_lines_and_paragraphs_end_where_the_paper_says(text: str) -> None:
+    """The oracle is datatrove's pair of expressions."""
+    lines, paragraphs = re.split(r"\n+", text), re.split(r"\n{2,}", text)
+    limits = (ENGLISH.max_repeated_line_ratio, ENGLISH.max_repeated_line_char_ratio)
+    expected = None
+    for parts, name in ((paragraphs, "repeated_paragraphs"), (lines, "repeated_lines")):
+        chars = sum(len(part) for number, part in enumerate(parts) if part in parts[:number])
+        count = len(parts) - len(set(parts))
+        if expected is None and (count > limits[0] * len(parts) or chars > limits[1] * len(text)):
+            expected = name
+    found = reason(gopher_repetition(text, "en")) if text else None
+    assert found == expected or (expected is None and found in ("repeated_phrase", "repeated_passages"))
 
 
 def test_a_page_that_c4_leaves_too_short_is_dropped() -> None:
