@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.data.packing import pack_sequences, train_tokenizer
+from pipeline.data.packing import pack_rows, train_tokenizer
 from pipeline.data.sources import python_documents
 from pipeline.distillation.context import LongMixture, Yarn, extend_context, train_long
 from pipeline.distillation.needles import NeedleFormat, needle_format
@@ -155,7 +155,13 @@ def read_text(scale: Scale) -> Text:
         digest = int.from_bytes(hashlib.sha256(document.text.encode()).digest(), "big")
         (train if digest % HELD_OUT_MODULUS else held_out).append(document.text)
     tokenizer = train_tokenizer([*train, "\nNote:\n"], scale.vocab_size)
-    streams = [pack_sequences(tokenizer, texts, eos_id=1, sequence_tokens=64).ravel() for texts in (train, held_out)]
+    streams = [
+        pack_rows(
+            tokenizer, ({"text": text} for text in texts), template=None, eos_id=1, sequence_tokens=64,
+            max_sequences=None,
+        ).tokens.ravel()
+        for texts in (train, held_out)
+    ]  # fmt: skip
     return Text(tokenizer, needle_format(tokenizer), *streams)
 
 
