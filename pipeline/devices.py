@@ -24,7 +24,7 @@ FORWARD_SHARE = 16_384 / 0.372 * MEASURED_TEACHER.forward_flops(_MEASURED_TOKENS
 _CPU_SHARES = {True: 0.55, False: 0.45}
 _EVALUATION_SHARE = 0.17
 _CPU_STEP_S = 0.05
-_PRODUCT_SIZE, _MEASURING_S = 512, 0.3
+_PRODUCT_SIZE, _MEASURING_S = 256, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Machine:
 
     Attributes:
         cpu: Name, for people.
-        cpu_flops: Operations a second of a plain fp32 product, measured.
+        cpu_flops: Operations a second of plain fp32 products on the threads of the run, measured.
         bf16: Matrices are multiplied in bfloat16, on the GPU or else here.
         memory_bytes: Of the machine.
         gpu: Name of the GPU that torch would use, or None.
@@ -77,11 +77,11 @@ def seconds(needs: Needs, machine: Machine, gpu_flops: float | None) -> float:
 
 
 def _measured_flops(threads: int) -> float:
-    """The best of many short products: the others shared the cores with somebody."""
+    """The best of many short products of one thread, times the threads: others may share the cores just now."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         a = torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE)
         best_s, end_s = float("inf"), time.perf_counter() + _MEASURING_S
@@ -91,7 +91,7 @@ def _measured_flops(threads: int) -> float:
             best_s = min(best_s, time.perf_counter() - start_s)
     finally:
         torch.set_num_threads(before)
-    return 2 * _PRODUCT_SIZE**3 / best_s
+    return 2 * _PRODUCT_SIZE**3 / best_s * threads
 
 
 def _cpu_name() -> str:

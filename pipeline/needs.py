@@ -261,17 +261,19 @@ def _teacher_bytes(config: Config, sizes: ModelSizes) -> float:
 def _training_bytes(
     sizes: ModelSizes, config: Config, bf16: bool, batch_sequences: int, others: int = 0
 ) -> dict[str, float]:
-    """At most: weights, gradients and moments in fp32, what autograd keeps of one forward pass, logits of a chunk.
+    """Weights, gradients and moments in fp32, what autograd keeps of one forward pass, and logits of a chunk.
 
-    Autograd keeps of each layer both norms' inputs and outputs in fp32, and in the type of the products what these
-    read: q, k, v twice (before and after rotation), the attention's output, and four times the FFN's inner size.
+    Autograd keeps of each layer what both norms read and scale, in fp32, and in the type of the products the inputs of
+    the projections (a copy each where they had to be cast), q, k, v, the attention's output, and four times the FFN's
+    inner size. Compiled layers keep less.
     """
     distill = config.distill
     tokens = min(distill.micro_sequences, batch_sequences) * distill.sequence_tokens
     product = 2.0 if bf16 else 4.0
-    heads = sizes.head_dim * (sizes.num_attention_heads + 2 * sizes.num_key_value_heads)
-    layer = 4 * 4.0 * sizes.hidden_size
-    layer += product * (2 * sizes.hidden_size + 3 * heads + 4 * sizes.intermediate_size)
+    queries, values = sizes.head_dim * sizes.num_attention_heads, sizes.head_dim * sizes.num_key_value_heads
+    inputs = (5 if bf16 else 2) * sizes.hidden_size
+    layer = 4 * 4.0 * sizes.hidden_size + (2 * 4.0 * (queries + values) if sizes.normed_heads else 0)
+    layer += product * (inputs + 2 * queries + 2 * values + 4 * sizes.intermediate_size)
     layers = sizes.num_hidden_layers * (4.0 * sizes.hidden_size if distill.recompute else layer)
     chunk = 3 * 4.0 * min(distill.chunk_tokens, tokens) * sizes.vocab_size
     copies = 2.0 * sizes.params if bf16 else 0.0

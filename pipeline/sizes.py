@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from edge_runtime.formats.errors import UserError
@@ -175,13 +175,16 @@ def _read_sizes(folder: Path, field: str) -> ModelSizes:
     try:
         with path.open("rb") as file:
             values = json.loads(file.read(_MOST_CONFIG_BYTES))
-        heads = int(values["num_attention_heads"])
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
         kind = values.get("model_type")
         sizes = ModelSizes(
-            *(int(values[name]) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
+            vocab_size=int(values["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(values["intermediate_size"]),
+            num_hidden_layers=int(values["num_hidden_layers"]),
             num_attention_heads=heads,
             num_key_value_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
+            head_dim=int(values.get("head_dim") or hidden // heads),
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
             biased=kind in _BIASED or bool(values.get("attention_bias")),
             normed_heads=kind in _NORMED_HEADS,
@@ -191,7 +194,7 @@ def _read_sizes(folder: Path, field: str) -> ModelSizes:
             field, str(folder), f"a folder with the config.json of a decoder ({type(error).__name__}: {error})",
             "check the path",
         ) from None  # fmt: skip
-    if min(sizes.vocab_size, sizes.hidden_size, sizes.num_hidden_layers, sizes.num_key_value_heads) < 1:
+    if min(astuple(sizes)[:7]) < 1:
         raise UserError(field, str(path), "sizes above zero", "fetch the checkpoint again")
     return sizes
 
