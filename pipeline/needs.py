@@ -216,7 +216,7 @@ def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     tokens = runtime.evaluation_sequences * length
     logits = 4.0 * tokens * sizes.vocab_size
     return Needs(
-        10e3, _PROCESS_BYTES + 4.0 * sizes.params + 3.0 * length * sizes.vocab_size * 4, scratch_bytes=logits,
+        2e3, _PROCESS_BYTES + 4.0 * sizes.params + 3.0 * length * sizes.vocab_size * 4, scratch_bytes=logits,
         host_flops=2 * containers * tokens * sizes.forward_flops(length), fixed_s=_PROCESS_S * containers,
     )  # fmt: skip
 
