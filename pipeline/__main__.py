@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     from pipeline.artifacts import Layout
     from pipeline.config import config_digest, load_configs
     from pipeline.flow import ADAPTER, GATE, STAGES, execute, planned
-    from pipeline.plan import print_plan, require_chain, require_resources, require_sources
+    from pipeline.plan import print_plan, require_resources, require_sources
     from pipeline.summary import print_summary
 
     configs = load_configs(arguments)
@@ -92,16 +92,14 @@ def _run(arguments: list[str]) -> int:
         _refuse_stage(first.stage)
     if first.stage is None:
         require_sources(first)
-    if first.stage in (None, "distill"):
-        require_chain(configs)
     if first.dry_run:
         print_plan(chosen, configs, layout, with_dvc=in_place and first.stage is None)
         return 0
     if in_place and first.stage is None:
         return _reproduce(configs, layout)
+    require_resources(chosen, configs, layout)
     if not in_place:
         print(f"output: {layout.root.relative_to(PROJECT)}", file=sys.stderr)
-    require_resources(chosen, configs, layout)
     for stage, config in chosen:
         execute(STAGES[stage.name], config, layout)
     if first.stage is None:

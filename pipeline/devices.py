@@ -8,16 +8,15 @@ from pathlib import Path
 
 from pipeline.needs import Needs
 from pipeline.settings import Config
-from pipeline.sizes import ModelSizes
+from pipeline.sizes import QWEN_7B, ModelSizes
 
 # Measured on one H100 (benchmarks/README.md, "Throughput on a GPU"): from stored draws a 0.5B student learned 131,810
 # tokens/s, and an online step of 16,384 tokens spent 346 ms in a 7B teacher's layers and 26 ms in its head.
 H100_PEAK_FLOPS = 989e12
-MEASURED_TEACHER = ModelSizes(152_064, 3584, 18_944, 28, 28, 4, 128, tie_word_embeddings=False, biased=True)
 MEASURED_STUDENT = ModelSizes(152_064, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True, biased=True)
 _MEASURED_TOKENS = 1024
 TRAINING_SHARE = 131_810 * MEASURED_STUDENT.training_flops(_MEASURED_TOKENS) / H100_PEAK_FLOPS
-FORWARD_SHARE = 16_384 / 0.372 * MEASURED_TEACHER.forward_flops(_MEASURED_TOKENS) / H100_PEAK_FLOPS
+FORWARD_SHARE = 16_384 / 0.372 * QWEN_7B.forward_flops(_MEASURED_TOKENS) / H100_PEAK_FLOPS
 
 # Of a plain fp32 product's rate on the same cores, as a demo run on two of them reached it: training and teacher in
 # bf16 or not, then evaluation (4-bit files, and the fp32 student beside them); and seconds around each update.

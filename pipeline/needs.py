@@ -21,6 +21,7 @@ from pipeline.sizes import FamilySizes, ModelSizes, is_downloaded
 _PROCESS_BYTES = 0.45e9  # torch, transformers and a model's code loaded
 _PROCESS_S = 1.5
 _DOCUMENTATION_BYTES = 7e6  # what CPython's documentation is when cleaned
+_DOCUMENTED_SHARE = 0.34  # of the sources of the packages in conf/data/python_library.yaml
 _CLEANED_BYTES_A_S = 1.2e6  # of one worker
 _TOKENIZER_BYTES_A_TOKEN = 60
 _HELD_OUT_DRAWS, _RECORDED_SEQUENCES, _RECORDED_POSITIONS = 64, 8, 1024  # as stages/targets.py has them
@@ -103,15 +104,15 @@ def package_bytes(sizes: ModelSizes, config: Config) -> float:
 def _clean(config: Config) -> Needs:
     path = config.data.path
     if path is None:
-        text = _DOCUMENTATION_BYTES + sum(map(_source_bytes, getattr(config.data, "packages", ())))
+        text = _DOCUMENTATION_BYTES + sum(map(_documented_bytes, getattr(config.data, "packages", ())))
     else:
         root = located(path)
         text = sum(file.stat().st_size for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file())
     return Needs(text, 0.3e9, scratch_bytes=text, fixed_s=text / _CLEANED_BYTES_A_S / config.data.workers)
 
 
-def _source_bytes(package: str) -> float:
-    """An installed package's sources, which hold more than its documentation; 0 for one that is not there."""
+def _documented_bytes(package: str) -> float:
+    """The documentation in an installed package's sources; 0 for one that is not there, which stage clean refuses."""
     from importlib import metadata
 
     try:
@@ -119,7 +120,7 @@ def _source_bytes(package: str) -> float:
     except metadata.PackageNotFoundError:
         return 0.0
     paths = (Path(str(file.locate())) for file in files if file.suffix == ".py")
-    return float(sum(path.stat().st_size for path in paths if path.is_file()))
+    return _DOCUMENTED_SHARE * sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _teacher(config: Config, family: FamilySizes, bf16: bool) -> Needs:
@@ -274,12 +275,16 @@ def _training_bytes(
     inputs = (5 if bf16 else 2) * sizes.hidden_size
     layer = 4 * 4.0 * sizes.hidden_size + (2 * 4.0 * (queries + values) if sizes.normed_heads else 0)
     layer += product * (inputs + 2 * queries + 2 * values + 4 * sizes.intermediate_size)
-    layers = sizes.num_hidden_layers * (4.0 * sizes.hidden_size if distill.recompute else layer)
+    if distill.recompute:  # the inputs of all layers, and one layer's own
+        kept = 4.0 * sizes.num_hidden_layers * sizes.hidden_size + layer
+    else:
+        kept = sizes.num_hidden_layers * layer
+    kept += 2 * 4.0 * sizes.hidden_size  # of the last norm
     chunk = 3 * 4.0 * min(distill.chunk_tokens, tokens) * sizes.vocab_size
     copies = 2.0 * sizes.params if bf16 else 0.0
     return {
         "submodel.width and the other ratios": 16.0 * sizes.params + copies + 4.0 * others * sizes.params,
-        "distill.micro_sequences, or distill.recompute=true": tokens * (layers + (layer if distill.recompute else 0)),
+        "distill.micro_sequences, or distill.recompute=true": tokens * kept,
         "distill.chunk_tokens": chunk,
     }
 

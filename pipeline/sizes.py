@@ -86,10 +86,10 @@ class FamilySizes:
 
 
 # What config.json of these checkpoints says on the hub: the two that conf/experiment/ names.
-_QWEN_7B = ModelSizes(152_064, 3584, 18_944, 28, 28, 4, 128, tie_word_embeddings=False, biased=True)
+QWEN_7B = ModelSizes(152_064, 3584, 18_944, 28, 28, 4, 128, tie_word_embeddings=False, biased=True)
 _PUBLISHED = {
-    "Qwen/Qwen2.5-7B": _QWEN_7B,
-    "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    "Qwen/Qwen2.5-7B": QWEN_7B,
+    "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
     "meta-llama/Llama-2-7b-hf": ModelSizes(32_000, 4096, 11_008, 32, 32, 32, 128, tie_word_embeddings=False),
 }
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from pipeline.config import load_configs
-from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, MEASURED_STUDENT, MEASURED_TEACHER, TRAINING_SHARE
+from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, MEASURED_STUDENT, TRAINING_SHARE
 from pipeline.distillation.stored_targets import bound_bytes
 from pipeline.flow import STAGES, planned
 from pipeline.needs import Needs, estimate, stored_bytes_a_position
 from pipeline.plan import require_chain
 from pipeline.settings import Config
+from pipeline.sizes import QWEN_7B
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_activations_are_what_autograd_keeps(make_model: Any, tmp_path: Path, ar
     needs = estimate(STAGES["distill"], config, require_chain({"base": config}), bf16=bf16)
     activations = needs.device_bytes["distill.micro_sequences, or distill.recompute=true"]
     cast = 2.0 * sum(parameter.numel() for parameter in model.model.layers.parameters()) if bf16 else 0.0
-    assert hidden.requires_grad and sum(kept.values()) - cast == pytest.approx(activations, rel=0.05)
+    assert hidden.requires_grad and sum(kept.values()) - cast == pytest.approx(activations, rel=0.02)
 
 
 @pytest.mark.parametrize(("vocab_size", "draws", "measured"), [(152_064, 32, 22.5), (4096, 32, 13.35)])
@@ -134,7 +135,7 @@ def test_stored_bytes_a_position_are_near_those_measured(vocab_size: int, draws:
 def test_the_rates_give_back_the_third_measurement() -> None:
     """Training and forward rates were measured apart; together they must say what the online case did."""
     training_s = MEASURED_STUDENT.training_flops(1024) / (TRAINING_SHARE * H100_PEAK_FLOPS)
-    forward_s = MEASURED_TEACHER.forward_flops(1024) / (FORWARD_SHARE * H100_PEAK_FLOPS)
+    forward_s = QWEN_7B.forward_flops(1024) / (FORWARD_SHARE * H100_PEAK_FLOPS)
     assert 1 / (training_s + forward_s) == pytest.approx(32_473, rel=0.03)
     assert pytest.approx(408e12, rel=0.01) == TRAINING_SHARE * H100_PEAK_FLOPS, "as the table's last column"
 

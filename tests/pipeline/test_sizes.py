@@ -103,7 +103,8 @@ def test_a_chain_that_grows_is_refused_before_any_work(
     grown = _chained("tiny", "small")
     started: list[str] = []
     monkeypatch.setattr("pipeline.flow.execute", lambda stage, *_a, **_n: started.append(stage.name))
-    for arguments in ([], ["dry_run=true"], ["seed=9"], ["stage=distill"]):
+    monkeypatch.setattr("subprocess.run", lambda *_a, **_n: started.append("dvc"))
+    for arguments in ([], ["dry_run=true"], ["seed=9"], ["stage=distill"], ["stage=export", "submodel=small"]):
         monkeypatch.setattr(config, "load_configs", lambda _overrides, given=arguments: _asked(grown, given))
         assert __main__.main(arguments) == 2
         error = capsys.readouterr().err
