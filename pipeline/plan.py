@@ -25,6 +25,7 @@ from pipeline.settings import CheckpointTeacher, Config, DataConfig
 from pipeline.sizes import FamilySizes, family_sizes
 
 _WORTH_A_GPU_S = 3600  # below, a GPU waits for its next launch, and no rate of large models says anything
+_FILE_COLUMNS = 160  # into a file or a pipe nothing is wrapped
 _ADVICE = {
     "teacher.load": "teacher.load=int4, or distill.signal=stored so that it runs once",
     "submodel.width and the other ratios": "smaller submodels (submodel.width, ffn, heads, depth)",
@@ -68,7 +69,7 @@ def print_plan(
         needs = estimate(stage, config, family, bf16=machine.bf16)
         running.append((label, needs))
         table.add_row(label, "yes", reason, *_cells(needs, machine))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
     console.print(table)
     for line in [
         *_chain_lines(configs, family),

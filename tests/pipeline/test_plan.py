@@ -31,11 +31,6 @@ def demo() -> dict[str, Config]:
     return load_configs(["teacher=from_scratch"])
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-
-
 def test_on_an_empty_layout_everything_runs(
     ci_configs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
