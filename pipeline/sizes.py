@@ -20,8 +20,8 @@ from pipeline.settings import CheckpointTeacher, Config
 _MOST_CONFIG_BYTES = 1 << 20
 _BIASED = ("qwen2",)  # model types whose q, k and v have biases whatever the configuration says
 _NORMED_HEADS = ("qwen3",)
-# Bytes a weight as ``teacher.load`` has it; of int8 and int4 (one fp32 scale in 64 codes) the matrices alone are small.
-_LOADED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
+# Bytes a weight as ``teacher.load`` has it; of 8 and 4 bits (one fp32 scale in 64 codes) the layers alone are small.
+_LOADED_BYTES = {"fp32": 4.0, "bf16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,7 @@ def _signal_source(run: StageRun) -> SignalSource:
 
 
 def _online(run: StageRun) -> SignalSource:
+    from pipeline.distillation.fast_layers import hasten_teacher
     from pipeline.distillation.from_config import training_device, uses_bf16
     from pipeline.distillation.signals import OnlineSource
     from pipeline.distillation.teachers import load_checkpoint, read_source
@@ -175,7 +176,9 @@ def _online(run: StageRun) -> SignalSource:
         model = load_checkpoint(read_source(run.layout.teacher))
     else:
         model = _load(run.layout.student(name)).to(training_device())
-    return OnlineSource.open(model, uses_bf16(run.config))
+    source = OnlineSource.open(model, uses_bf16(run.config))
+    hasten_teacher(model, run.config.distill.compile)
+    return source
 
 
 def _learn_on_policy(run: StageRun, student: Any, sequences: Sequences) -> Any:

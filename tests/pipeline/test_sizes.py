@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import pytest
@@ -14,9 +14,11 @@ from pipeline import __main__, config
 from pipeline.config import family_chain, load_configs
 from pipeline.distillation.pruning import random_student, student_shape
 from pipeline.distillation.speed import training_flops_per_token
-from pipeline.settings import Config
+from pipeline.settings import CheckpointTeacher, Config
 from pipeline.sizes import ModelSizes, family_sizes, is_downloaded, teacher_sizes
 from tests.pipeline.conftest import MakeModel
+
+LOADS = get_args(CheckpointTeacher.model_fields["load"].annotation)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -89,7 +91,8 @@ def test_a_config_without_sizes_is_refused(checkpoint: Path, tmp_path: Path, cha
 def test_a_load_in_few_bits_keeps_embedding_and_head() -> None:
     sizes = ModelSizes(1000, 64, 128, 2, 4, 2, 16, tie_word_embeddings=False)
     matrices = sizes.params - 2 * 64_000
-    found = {load: sizes.loaded_bytes(load) for load in ("fp32", "bf16", "int8", "int4")}
+    found = {load: sizes.loaded_bytes(load) for load in LOADS}
+    assert set(found) == {"fp32", "bf16", "float8", "int8", "int4"} and found["float8"] == found["int8"]
     assert found["fp32"] == 4 * sizes.params and found["bf16"] == 2 * sizes.params
     assert found["int8"] == matrices + 4 * 64_000 and found["int4"] == 0.5625 * matrices + 4 * 64_000
 
