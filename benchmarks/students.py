@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.machine import heading
-from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts
+from pipeline.data.packing import pack_rows, shuffled_rows
 from pipeline.distillation.batches import Sequences
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings, signal_objective, text_objective
@@ -108,8 +108,10 @@ def _prepare(options: argparse.Namespace, scratch: Path) -> Trial:
     packed = {}
     wanted = {"train": 2 * options.steps * options.batch_sequences, "held_out": options.held_out_sequences}
     for side, most in wanted.items():
-        texts = shuffle_texts(list(read_texts(options.corpus / f"{side}.jsonl")), 0)
-        packed[side] = pack_sequences(tokenizer, texts, eos_ids(teacher.config)[0], options.sequence_tokens, most)
+        packed[side] = pack_rows(
+            tokenizer, shuffled_rows(options.corpus / f"{side}.jsonl", 0), template=None,
+            eos_id=eos_ids(teacher.config)[0], sequence_tokens=options.sequence_tokens, max_sequences=most,
+        ).tokens  # fmt: skip
     small, middle = (_shape(teacher, ratios) for ratios in (options.ratios, MIDDLE))
     return Trial(teacher, packed["train"], packed["held_out"], small, middle, options, scratch)
 

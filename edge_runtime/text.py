@@ -15,6 +15,7 @@ from edge_runtime.formats.manifest import TOKENIZER_FILE
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, Package, read_bounded
 
 if TYPE_CHECKING:
+    import jinja2
     from tokenizers import Tokenizer
 
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -91,7 +92,8 @@ def load_chat_template(package: Package) -> str | None:
 def render_chat(template: str, messages: Sequence[Message], bos_token: str, eos_token: str) -> str:
     """The prompt text of a conversation, up to where the assistant speaks.
 
-    Runs in Jinja's immutable sandbox with the names that transformers gives to templates, clock excepted.
+    Runs in Jinja's immutable sandbox with the names that transformers gives to templates, clock excepted. What a
+    ``{% generation %}`` block writes is text like any other here: only training asks where it stands.
 
     Args:
         template: Jinja source.
@@ -102,34 +104,61 @@ def render_chat(template: str, messages: Sequence[Message], bos_token: str, eos_
     Raises:
         PackageError: The template is not valid, refuses these messages, or writes more than a prompt may hold.
     """
+    import jinja2
+
+    names = {
+        "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, "bos_token": bos_token,
+        "eos_token": eos_token,
+    }  # fmt: skip
+    pieces: list[str] = []
+    length = 0
+    try:
+        for piece in _template_environment().from_string(template).generate(names):
+            pieces.append(piece)
+            length += len(piece)
+            if length > MAX_PROMPT_CHARACTERS:
+                raise jinja2.TemplateError(f"writes more than {MAX_PROMPT_CHARACTERS} characters")
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        raise PackageError(f"{CHAT_TEMPLATE_FILE}: {error}; use generate without --chat") from error
+    return "".join(pieces)
+
+
+def _template_environment() -> jinja2.Environment:
+    """The sandbox of chat templates."""
     import json
 
     import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - jinja's own way
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            """A scope of its own, as transformers has it, written piece by piece so that its length is bounded too."""
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    names = {"messages": messages, "add_generation_prompt": True, "bos_token": bos_token, "eos_token": eos_token}
-    pieces: list[str] = []
-    length = 0
-    try:
-        for piece in environment.from_string(template).generate(names):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_PROMPT_CHARACTERS:
-                refuse(f"writes more than {MAX_PROMPT_CHARACTERS} characters")
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise PackageError(f"{CHAT_TEMPLATE_FILE}: {error}; use generate without --chat") from error
-    return "".join(pieces)
+    return environment
 
 
 @dataclass(slots=True)

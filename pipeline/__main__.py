@@ -93,13 +93,13 @@ def _run(arguments: list[str]) -> int:
     if first.stage is None:
         require_sources(first)
     if first.dry_run:
-        print_plan(chosen, layout, with_dvc=in_place and first.stage is None)
+        print_plan(chosen, configs, layout, with_dvc=in_place and first.stage is None)
         return 0
     if in_place and first.stage is None:
         return _reproduce(configs, layout)
+    require_resources(chosen, configs, layout)
     if not in_place:
         print(f"output: {layout.root.relative_to(PROJECT)}", file=sys.stderr)
-    require_resources(chosen, layout)
     for stage, config in chosen:
         execute(STAGES[stage.name], config, layout)
     if first.stage is None:
@@ -178,7 +178,7 @@ def _reproduce(configs: dict[str, Config], layout: Layout) -> int:
     programs = Path(sys.executable).parent
     if not (programs / "dvc").exists():
         raise UserError("dvc", "not installed", "the pipeline extra", "make setup, or pip install '.[pipeline]'")
-    require_resources(list(planned(configs)), layout)
+    require_resources(list(planned(configs)), configs, layout)
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run([programs / "dvc", "repro", "--quiet"], cwd=PROJECT, env=environment, check=False)
     if done.returncode:

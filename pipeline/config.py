@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from edge_runtime.formats.errors import ConfigError, UserError
-from pipeline.distillation.chain import Link, plan_chain
+from pipeline.distillation.chain import ChainStep, Link, plan_chain
 from pipeline.settings import Config
 
 _VARIANTS = {"from_scratch", "local", "hub", "pairs", "python_docs", "python_packages"}  # of teacher and data
@@ -50,17 +50,20 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
             elif first.submodel.name not in family:
                 raise ConfigError(f"submodel: got {first.submodel.name!r}, allowed in this family: {', '.join(family)}")
         members = {name: _member(usable, name) for name in family}
-    return {name: members[name] for name in _chain_order(members)}
+    return {step.name: members[step.name] for step in family_chain(members)}
 
 
-def _chain_order(members: dict[str, Config]) -> list[str]:
-    """Names of a family, each after the submodels that it is cut from or learns from."""
+def family_chain(members: dict[str, Config]) -> tuple[ChainStep, ...]:
+    """The submodels of a family, each after those that it is cut from or learns from.
+
+    Raises:
+        ConfigError: They are no chain.
+    """
     submodels = [config.submodel for config in members.values()]
     try:
-        steps = plan_chain([Link(each.name, each.cut_from, each.checkpoint, each.learns_from) for each in submodels])
+        return plan_chain([Link(each.name, each.cut_from, each.checkpoint, each.learns_from) for each in submodels])
     except UserError as error:
         raise ConfigError(str(error)) from None
-    return [step.name for step in steps]
 
 
 def config_digest(configs: dict[str, Config]) -> str:

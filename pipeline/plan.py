@@ -1,14 +1,13 @@
-"""The plan of a run: what runs and why, and what it needs of disk, memory and time."""
+"""The plan of a run: what runs and why, from what each student is cut, and what it all needs of the machine."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +15,77 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import PROJECT, Layout, located, require_disk
+from pipeline.artifacts import PROJECT, Layout, require_disk
+from pipeline.config import family_chain
+from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
+from pipeline.distillation.chain import describe_chain
 from pipeline.flow import SHIP, Stage, why_run
+from pipeline.needs import Needs, estimate
 from pipeline.settings import CheckpointTeacher, Config, DataConfig
+from pipeline.sizes import FamilySizes, family_sizes
 
-_PROCESS_BYTES = 900_000_000  # torch, transformers and onnxruntime loaded
-_PROCESS_S = 8.0
-_TRAINING_EFFICIENCY = 0.35  # of a plain matrix product, seen on two cores at a few million parameters
-_CONTAINERS_A_WEIGHT = 12  # bytes a parameter of codes, exports, evaluation copies and packages together
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What one execution needs, roughly."""
-
-    disk_bytes: float
-    memory_bytes: float
-    flops: float
-    fixed_s: float
+_WORTH_A_GPU_S = 3600  # below, a GPU waits for its next launch, and no rate of large models says anything
+_FILE_COLUMNS = 160  # into a file or a pipe nothing is wrapped
+_ADVICE = {
+    "teacher.load": "teacher.load=int4, or distill.signal=stored so that it runs once",
+    "submodel.width and the other ratios": "smaller submodels (submodel.width, ffn, heads, depth)",
+    "distill.micro_sequences, or distill.recompute=true": "distill.micro_sequences=1, then distill.recompute=true",
+    "distill.chunk_tokens": "a lower distill.chunk_tokens",
+    "distill.sequence_tokens": "a lower distill.sequence_tokens",
+    "submodel.learns_from": "submodel.learns_from=teacher with distill.signal=stored",
+}
+Chosen = Sequence[tuple[Stage, Config]]
 
 
-def print_plan(chosen: Sequence[tuple[Stage, Config]], layout: Layout, *, with_dvc: bool) -> None:
-    """Print one line an execution and the totals; nothing is run or written."""
+def print_plan(
+    chosen: Chosen, configs: Mapping[str, Config], layout: Layout, *, with_dvc: bool, machine: Machine | None = None
+) -> None:
+    """Print the executions, the chain, the totals and what this machine cannot hold; nothing is run or written.
+
+    Args:
+        chosen: The executions, in order.
+        configs: The whole family.
+        layout: Where the run writes.
+        with_dvc: DVC decides what runs again.
+        machine: To count with; None: this one.
+
+    Raises:
+        UserError: The chain is none, or the teacher's sizes cannot be known.
+    """
+    family = require_chain(configs)
     changed = _dvc_changes() if with_dvc else None
-    speed = _measured_flops()
+    machine = machine or look_at_machine(next(iter(configs.values())))
+    running: list[tuple[str, Needs]] = []
     table = Table(title="plan")
-    for column in ("stage", "runs", "why", "disk", "memory", "time"):
-        table.add_column(column, justify="right" if column in ("disk", "memory", "time") else "left")
-    disk = memory = seconds = 0.0
+    columns = ("disk", "meanwhile", "memory", *(("GPU",) if machine.gpu else ()), "time")
+    for column in ("stage", "runs", "why", *columns):
+        table.add_column(column, justify="right" if column in columns else "left")
     for stage, config in chosen:
         label = f"{stage.name} {config.submodel.name}" if stage.per_submodel else stage.name
         reason = _dvc_reason(stage, config, changed) if changed is not None else why_run(stage, config, layout)
         if reason is None:
-            table.add_row(label, "no", "current", "", "", "")
+            table.add_row(label, "no", "current")
             continue
-        needs = estimate(stage, config)
-        needed_s = needs.flops / speed + needs.fixed_s
-        disk, memory, seconds = disk + needs.disk_bytes, max(memory, needs.memory_bytes), seconds + needed_s
-        table.add_row(label, "yes", reason, _size(needs.disk_bytes), _size(needs.memory_bytes), _time(needed_s))
-    console = Console(highlight=False)
+        needs = estimate(stage, config, family, bf16=machine.bf16)
+        running.append((label, needs))
+        table.add_row(label, "yes", reason, *_cells(needs, machine))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_COLUMNS)
     console.print(table)
-    console.print(
-        f"output {layout.root}, {_size(disk)} of disk, {_size(memory)} of memory, about {_time(seconds)}",
-        soft_wrap=True,
-    )
+    for line in [
+        *_chain_lines(configs, family),
+        *_totals(running, machine, layout),
+        *_warnings(running, machine, layout),
+    ]:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def require_chain(configs: Mapping[str, Config]) -> FamilySizes:
+    """Sizes of every model of a run.
+
+    Raises:
+        UserError: A student is larger than what it is cut from, or sizes cannot be known.
+    """
+    return family_sizes(configs, family_chain(dict(configs)))
 
 
 def require_sources(config: Config) -> None:
@@ -79,70 +105,103 @@ def require_sources(config: Config) -> None:
     require_legacy_python(config)
 
 
-def require_resources(chosen: Sequence[tuple[Stage, Config]], layout: Layout) -> None:
+def require_resources(chosen: Chosen, configs: Mapping[str, Config], layout: Layout) -> None:
     """Refuse a run that the free disk cannot hold.
 
     Raises:
-        UserError: Too little is free.
+        UserError: Too little is free, or a student is larger than what it is cut from.
     """
-    needed = sum(estimate(stage, config).disk_bytes for stage, config in chosen)
-    require_disk(layout.root, int(needed))
+    family = None if all(stage.name == "clean" for stage, _ in chosen) else require_chain(configs)
+    require_disk(
+        layout.root, int(_disk_bytes([estimate(stage, config, family, bf16=True) for stage, config in chosen]))
+    )
 
 
-def estimate(stage: Stage, config: Config) -> Needs:
-    """Disk, peak memory and arithmetic of one execution, from sizes alone."""
-    params = _teacher_params(config)
-    student = params * _student_share(config)
-    distill, teacher = config.distill, config.teacher
-    trained = distill.steps * distill.batch_sequences * distill.sequence_tokens
-    if stage.name == "clean":
-        return Needs(30e6, 0.3e9, 0, 15)
-    if stage.name == "teacher":
-        if isinstance(teacher, CheckpointTeacher):
-            return Needs(20e6, _PROCESS_BYTES, 0, _PROCESS_S)
-        tokens = teacher.steps * teacher.batch_sequences * distill.sequence_tokens
-        return Needs(params * 16, _PROCESS_BYTES + params * 24, 6.0 * params * tokens, _PROCESS_S)
-    loaded = params * {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}[getattr(teacher, "load", "fp32")]
-    if stage.name == "targets":
-        stored = distill.target_tokens * (4 + 4.0 * distill.draws)
-        return Needs(stored, _PROCESS_BYTES + loaded, 2.0 * params * distill.target_tokens, _PROCESS_S)
-    if stage.name == "distill":
-        runs = 2 if distill.from_scratch_baseline else 1
-        return Needs(student * 16, _PROCESS_BYTES + loaded + student * 20, runs * 6.0 * student * trained, _PROCESS_S)
-    if stage.name in SHIP:
-        scored = 2.0 * student * config.runtime.evaluation_sequences * distill.sequence_tokens
-        return Needs(student * _CONTAINERS_A_WEIGHT / len(SHIP), _PROCESS_BYTES + student * 12, scored, _PROCESS_S / 2)
-    return Needs(50e6, 0.5e9, 0, _PROCESS_S)
+def _disk_bytes(needs: Sequence[Needs]) -> float:
+    """Most that is on the disk at once: all that stays, and what the greediest stage needs besides."""
+    return sum(each.disk_bytes for each in needs) + max((each.scratch_bytes for each in needs), default=0.0)
 
 
-def _teacher_params(config: Config) -> float:
-    """Parameters of the teacher, from its sizes; 7.6e9 for one not yet downloaded."""
-    teacher = config.teacher
-    if isinstance(teacher, CheckpointTeacher):
-        if teacher.path is None or not located(teacher.path).is_dir():
-            return 7.6e9
-        return sum(file.stat().st_size for file in located(teacher.path).glob("*.safetensors")) / 2
-    head = teacher.hidden_size // teacher.num_heads
-    attention = 2 * teacher.hidden_size * head * (teacher.num_heads + teacher.num_kv_heads)
-    layer = attention + 3 * teacher.hidden_size * teacher.intermediate_size
-    return float(teacher.vocab_size * teacher.hidden_size + teacher.num_layers * layer)
+def _memory_bytes(needs: Needs, machine: Machine) -> float:
+    return needs.host_bytes + (0.0 if machine.gpu else sum(needs.device_bytes.values()))
 
 
-def _student_share(config: Config) -> float:
-    ratios = config.submodel
-    return ratios.width * (1 + 2 * ratios.depth * max(ratios.ffn, ratios.heads)) / 3
+def _gpu_flops(machine: Machine) -> float | None:
+    """Of the GPU; one that is not known is taken for an H100, and the plan says so."""
+    return (machine.gpu_flops or H100_PEAK_FLOPS) if machine.gpu else None
 
 
-def _measured_flops() -> float:
-    """Speed of a matrix product here, times what training reaches of it."""
-    import numpy as np
+def _cells(needs: Needs, machine: Machine) -> list[str]:
+    device = sum(needs.device_bytes.values())
+    return [
+        _size(needs.disk_bytes), _size(needs.scratch_bytes) if needs.scratch_bytes else "",
+        _size(_memory_bytes(needs, machine)), *([_size(device) if device else ""] if machine.gpu else []),
+        _time(seconds(needs, machine, _gpu_flops(machine))),
+    ]  # fmt: skip
 
-    a = np.ones((768, 768), np.float32)
-    a @ a
-    start_s = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    return 10 * 2 * 768**3 / (time.perf_counter() - start_s) * _TRAINING_EFFICIENCY
+
+def _chain_lines(configs: Mapping[str, Config], family: FamilySizes) -> Iterator[str]:
+    first = next(iter(configs.values()))
+    yield f"teacher: {_described(family.teacher)}"
+    for line in describe_chain(family_chain(dict(configs)), stored=first.distill.signal == "stored"):
+        yield f"{line} ({_described(family.submodels[line.partition(':')[0]])})"
+
+
+def _described(sizes: Any) -> str:
+    return (
+        f"{_count(sizes.params)} parameters, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
+        f"FFN {sizes.intermediate_size}, {sizes.num_key_value_heads} KV heads, vocabulary {sizes.vocab_size}"
+    )
+
+
+def _totals(running: Sequence[tuple[str, Needs]], machine: Machine, layout: Layout) -> Iterator[str]:
+    needs = [each for _, each in running]
+    memory = max((_memory_bytes(each, machine) for each in needs), default=0.0)
+    disk = f"{_size(_disk_bytes(needs))} of disk at most, {_size(sum(each.disk_bytes for each in needs))} of it to stay"
+    yield f"output {layout.root}, {disk}, {_size(memory)} of memory at most"
+    own_s = sum(seconds(each, machine, _gpu_flops(machine)) for each in needs)
+    rates = (
+        f"an estimate from rates measured on an H100 (benchmarks/README.md), scaled by operations a token: "
+        f"{TRAINING_SHARE:.0%} of its peak in training, {FORWARD_SHARE:.0%} in the teacher's forward pass"
+    )
+    cpu = f"this CPU ({machine.cpu}, a product at {machine.cpu_flops / 1e9:.0f} GFLOP/s just now)"
+    if machine.gpu is None:
+        yield f"about {_time(own_s)} on {cpu}; there is no GPU"
+        if own_s > _WORTH_A_GPU_S:
+            h100_s = sum(seconds(each, machine, H100_PEAK_FLOPS) for each in needs)
+            yield f"at least {_time(h100_s)} with one H100 beside it: {rates}"
+        return
+    peak = (
+        "its peak is not known here: as an H100"
+        if machine.gpu_flops is None
+        else (f"{machine.gpu_flops / 1e12:.0f} TFLOP/s")
+    )
+    yield f"at least {_time(own_s)} on one {machine.gpu} ({peak}): {rates}; the rest on {cpu}"
+    if not machine.bf16:
+        yield "distill.precision=fp32: these rates are those of bf16; it takes several times as long"
+
+
+def _warnings(running: Sequence[tuple[str, Needs]], machine: Machine, layout: Layout) -> Iterator[str]:
+    """What this machine cannot hold, with the setting that helps most."""
+    for label, needs in running:
+        device = sum(needs.device_bytes.values())
+        helps = _ADVICE[max(needs.device_bytes, key=lambda name: needs.device_bytes[name])] if device else ""
+        if machine.gpu and device > machine.gpu_bytes:
+            yield f"warning: {label} needs up to {_size(device)} of the GPU's {_size(machine.gpu_bytes)}: try {helps}"
+        if (memory := _memory_bytes(needs, machine)) > machine.memory_bytes:
+            where = helps if device and not machine.gpu else "a machine with more memory"
+            total = _size(machine.memory_bytes)
+            yield f"warning: {label} needs up to {_size(memory)} of this machine's {total} of memory: try {where}"
+    existing = next(path for path in [layout.root, *layout.root.parents] if path.exists())
+    free, needed = shutil.disk_usage(existing).free, _disk_bytes([needs for _, needs in running])
+    if needed > free:
+        label, greediest = max(running, key=lambda each: each[1].disk_bytes + each[1].scratch_bytes)
+        where = (
+            "a higher distill.checkpoint_every_steps, or fewer submodels at a time (submodel=NAME)"
+            if greediest.scratch_bytes > greediest.disk_bytes
+            else "fewer distill.target_tokens, or fewer submodels at a time (submodel=NAME)"
+        )
+        yield f"warning: {_size(needed)} of disk are needed, {_size(free)} are free, most for {label}: try {where}"
 
 
 def _dvc_changes() -> dict[str, Any]:
@@ -180,15 +239,16 @@ def _dvc_reason(stage: Stage, config: Config, changes: dict[str, Any]) -> str | 
     return "; ".join(kinds)[:80] or "changed"
 
 
+def _count(value: float) -> str:
+    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"
+
+
 def _size(value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 5400
-        else f"{seconds / 60:.1f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
+def _time(needed_s: float) -> str:
+    for unit, unit_s, from_s in (("days", 86_400, 172_800), ("h", 3600, 5400), ("min", 60, 90)):
+        if needed_s > from_s:
+            return f"{needed_s / unit_s:.1f} {unit}"
+    return f"{needed_s:.0f} s"

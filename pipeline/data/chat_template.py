@@ -249,8 +249,8 @@ def _render(chat: ChatFormat, messages: Sequence[Mapping[str, str]], generate: b
     import jinja2
 
     names = {
-        "messages": messages, "add_generation_prompt": generate, "bos_token": chat.bos_token,
-        "eos_token": chat.eos_token,
+        "messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate,
+        "bos_token": chat.bos_token, "eos_token": chat.eos_token,
     }  # fmt: skip
     pieces: list[str] = []
     length = 0
@@ -274,8 +274,14 @@ def _compile(template: str) -> jinja2.Template:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edge_runtime.formats.errors import UserError
+from edge_runtime.formats.manifest import TOKENIZER_FILE
+from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, Package
 from pipeline.data.encoding import (
     EncodedChat,
     TextEncoder,
@@ -23,6 +25,7 @@ from pipeline.data.encoding import (
     encode_texts,
     text_encoder,
 )
+from pipeline.data.sources import file_documents
 
 BOS, EOS = "<s>", "</s>"
 _ENCODE_BATCH = 512
@@ -64,27 +67,38 @@ class Packed:
     dropped: int = 0
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a cleaned file, in its order: ``text``, or ``messages`` with role and content.
+def shuffled_rows(path: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a cleaned file in a fixed random order: ``text``, or ``messages`` with role and content.
+
+    A prefix is a sample of the corpus. Memory holds 16 bytes a row, not its text; rows are read where they lie.
 
     Raises:
         UserError: A line is not such a row.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            yield _row(line, f"{path.name} line {number}")
-
-
-def shuffled_rows(path: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a cleaned file in a fixed random order, the one that ``shuffle_texts`` makes.
-
-    A prefix is a sample of the corpus. Memory holds 16 bytes a row, not its text; rows are read where they lie.
-    """
     offsets = _line_offsets(path)
     with path.open("rb") as file:
-        for index in np.random.default_rng(seed).permutation(len(offsets)):
+        for index in _order(len(offsets), seed):
             file.seek(offsets[index])
             yield _row(file.readline(), f"{path.name} at byte {offsets[index]}")
+
+
+def document_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The documents of a user's file (see ``file_documents``) as rows, uncleaned, in its order.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    for document in file_documents(path):
+        if document.messages:
+            yield {"messages": [{"role": role, "content": content} for role, content in document.messages]}
+        else:
+            yield {"text": document.text}
+
+
+def shuffled_document_rows(path: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """What ``document_rows`` gives, all of it in memory; of a cleaned file in the order of ``shuffled_rows``."""
+    rows = list(document_rows(path))
+    return (rows[index] for index in _order(len(rows), seed))
 
 
 def row_text(row: Mapping[str, Any]) -> str:
@@ -93,11 +107,6 @@ def row_text(row: Mapping[str, Any]) -> str:
         return "\n".join(message["content"] for message in row["messages"])
     text: str = row["text"]
     return text
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a cleaned file, in its order."""
-    return map(row_text, read_rows(path))
 
 
 def pack_rows(
@@ -120,7 +129,8 @@ def pack_rows(
 
     Args:
         tokenizer: Its special tokens are those that templates write.
-        rows: As ``read_rows`` or ``shuffled_rows`` give them; read once, as far as needed.
+        rows: ``text``, or ``messages`` with role and content, as the functions above give them; read once, as far as
+                needed.
         template: Jinja chat template; needed for conversations only.
         eos_id: Ends a text.
         sequence_tokens: T, 2 or more.
@@ -147,35 +157,22 @@ def pack_rows(
     return Packed(tokens, counts, tally.cut, tally.dropped)
 
 
-def pack_sequences(
-    tokenizer: Tokenizer, texts: Iterable[str], eos_id: int, sequence_tokens: int, max_sequences: int | None = None
-) -> NDArray[np.int32]:
-    """(S, T) token ids: texts, each closed by ``eos_id``, laid end to end and cut; the last piece is dropped.
+def pack_for_package(
+    package: Package, rows: Iterable[Mapping[str, Any]], sequence_tokens: int, max_sequences: int | None
+) -> Packed:
+    """``pack_rows`` with the tokenizer, chat template and tokens of a package.
 
     Raises:
-        UserError: The text does not fill one sequence.
+        UserError: As ``pack_rows``, or the package has no end-of-text token.
     """
-    rows: list[NDArray[np.int32]] = []
-    carry = np.empty(0, np.int32)
-    for batch in _batches(texts):
-        encoded = tokenizer.encode_batch(batch, add_special_tokens=False)
-        ids = [np.asarray([*encoding.ids, eos_id], np.int32) for encoding in encoded]
-        carry = np.concatenate([carry, *ids])
-        whole = len(carry) // sequence_tokens
-        rows.append(carry[: whole * sequence_tokens].reshape(whole, sequence_tokens))
-        carry = carry[whole * sequence_tokens :]
-        if max_sequences is not None and sum(map(len, rows)) >= max_sequences:
-            break
-    packed = np.concatenate(rows) if rows else np.empty((0, sequence_tokens), np.int32)
-    if not len(packed):
-        raise UserError("data", f"{len(carry)} tokens", f"at least {sequence_tokens} tokens of text", "add text")
-    return packed[:max_sequences]
-
-
-def shuffle_texts(texts: list[str], seed: int) -> list[str]:
-    """A fixed permutation, so that a prefix of the sequences is a sample of the corpus."""
-    order = np.random.default_rng(seed).permutation(len(texts))
-    return [texts[index] for index in order]
+    manifest, template = package.manifest, package.directory / CHAT_TEMPLATE_FILE
+    if not manifest.eos:
+        raise UserError("package", str(package.directory), "one with an end-of-text token", "export it again")
+    return pack_rows(
+        Tokenizer.from_file(str(package.path(TOKENIZER_FILE))), rows,
+        template=template.read_text(encoding="utf-8") if CHAT_TEMPLATE_FILE in manifest.files else None,
+        eos_id=manifest.eos[0], bos_id=manifest.bos, sequence_tokens=sequence_tokens, max_sequences=max_sequences,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -197,6 +194,11 @@ class _OpenSequence:
 
 _Chunk = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Sequences (n, T) and their counts (n, T)."""
+
+
+def _order(count: int, seed: int) -> NDArray[np.int64]:
+    """A fixed permutation."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def _row(line: bytes, place: str) -> dict[str, Any]:

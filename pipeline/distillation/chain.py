@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.formats.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.distillation.pruning import StudentShape
+    from pipeline.distillation.shapes import StudentShape
 
 TEACHER = "teacher"
 
@@ -126,14 +126,22 @@ def require_shrinking(steps: Sequence[ChainStep], shapes: Mapping[str, StudentSh
                 )  # fmt: skip
 
 
-def describe_chain(steps: Sequence[ChainStep]) -> list[str]:
-    """One line a step for a dry run: what it starts from and whom it learns from."""
+def describe_chain(steps: Sequence[ChainStep], *, stored: bool = True) -> list[str]:
+    """One line a step for a dry run: what it starts from, what is measured for that, and whom it learns from.
+
+    Args:
+        steps: What ``plan_chain`` gave.
+        stored: The teacher's draws were written once; else the teacher runs beside each student.
+    """
     lines = []
     for step in steps:
-        origin = f"cut from {step.initialiser}" if step.initialiser else f"starts from {step.checkpoint}"
-        measured = ", importance measured on it" if step.measures_anew else ""
-        signal = "stored targets" if step.uses_stored_targets else f"learns online from {step.learns_from}"
-        lines.append(f"{step.name}: {origin}{measured}; {signal}")
+        if step.initialiser is None:
+            origin = f"starts from {step.checkpoint}, nothing measured"
+        else:
+            where = "before its training" if step.measures_anew else "by stage targets"
+            origin = f"cut from {step.initialiser}, importance measured on it {where}"
+        learned = "its stored draws" if stored and step.uses_stored_targets else "run beside it"
+        lines.append(f"{step.name}: {origin}; learns from {step.learns_from}, {learned}")
     return lines
 
 

@@ -262,25 +262,10 @@ def _pack_file(
     text: Path, package: Package, context: AdapterContext, most: int | None
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """A file's documents: texts whole, of conversations the answers."""
-    from tokenizers import Tokenizer
+    from pipeline.data.packing import document_rows, pack_for_package
 
-    from pipeline.data.packing import pack_rows
-    from pipeline.data.sources import file_documents
-
-    manifest = package.manifest
-    template = package.directory / "chat_template.jinja"
-    rows = (
-        {"messages": [{"role": role, "content": content} for role, content in document.messages]}
-        if document.messages
-        else {"text": document.text}
-        for document in file_documents(text)
-    )
-    packed = pack_rows(
-        Tokenizer.from_file(str(package.path("tokenizer.json"))), rows,
-        template=template.read_text(encoding="utf-8") if template.is_file() else None,
-        eos_id=manifest.eos[0], bos_id=manifest.bos, max_sequences=most,
-        sequence_tokens=min(_stored(context, "train.npy").shape[1], manifest.decoder.context_tokens),
-    )  # fmt: skip
+    length = min(_stored(context, "train.npy").shape[1], package.manifest.decoder.context_tokens)
+    packed = pack_for_package(package, document_rows(text), length, most)
     return packed.tokens, packed.counts
 
 

@@ -18,8 +18,7 @@ from pipeline.adapters.candidate import Candidate, open_candidate
 from pipeline.adapters.champion import crown, keep_adapter
 from pipeline.adapters.trial import REFERENCE_CONTAINER, Verdict, judge
 from pipeline.artifacts import PROJECT, Layout, file_digest, sole_writer, write_json
-from pipeline.data.packing import pack_sequences, shuffle_texts
-from pipeline.data.sources import file_documents
+from pipeline.data.packing import pack_for_package, shuffled_document_rows
 from pipeline.settings import Config
 from pipeline.tracking_adapters import AdapterVersion, NewAdapter, list_adapters, register_champion
 
@@ -106,15 +105,8 @@ def _held_out_text(config: Config, layout: Layout, package: Package) -> Path:
 
 def _pack(config: Config, package: Package, text: Path) -> NDArray[np.int32]:
     """(S, T) tokens; from the pipeline's own text, its evaluation's sequences come first."""
-    from tokenizers import Tokenizer
-
-    manifest = package.manifest
-    tokenizer = Tokenizer.from_file(str(package.path("tokenizer.json")))
-    texts = shuffle_texts([document.text for document in file_documents(text)], config.seed)
-    length = min(config.distill.sequence_tokens, manifest.decoder.context_tokens)
-    if not manifest.eos:
-        raise UserError("package", str(package.directory), "one with an end-of-text token", "export it again")
-    return pack_sequences(tokenizer, texts, manifest.eos[0], length, config.gate.sequences)
+    length = min(config.distill.sequence_tokens, package.manifest.decoder.context_tokens)
+    return pack_for_package(package, shuffled_document_rows(text, config.seed), length, config.gate.sequences).tokens
 
 
 def _write_report(candidate: Candidate, champion: AdapterVersion | None, verdict: Verdict, layout: Layout) -> Path:

@@ -28,6 +28,16 @@ from tests.edge_runtime.fakes import BOS, EOS, byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": 'a <b> & "c"'}, {"role": "assistant", "content": "d\n"}]
 
+MESSAGES_OF = {
+    "short": MESSAGES,
+    "long": [
+        {"role": "system", "content": " be brief \n"},
+        {"role": "user", "content": "{% generation %}{{ x }}</s>"},
+        {"role": "assistant", "content": "\n  你好\n\n"},
+        {"role": "user", "content": ""},
+    ],
+}
+
 
 def fallback_tokenizer() -> Tokenizer:
     """Words with a marker for spaces, bytes for the rest; the decoder of Llama 2."""
@@ -136,14 +146,31 @@ def test_a_broken_tokenizer_is_a_package_error(package_dir: Path, trusted: Trust
         "{% for m in messages %}\n  {% if loop.index0 == 1 %}{% continue %}{% endif %}\n{{ m | tojson }}\n{% endfor %}",
         "{{ messages | length }}{{ strftime_now is defined and 'x' or 'x' }}{{ eos_token }}\n",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{{ messages | tojson(indent=2, sort_keys=true) }}{{ messages | tojson(true) }}",
+        "{% if tools is none and documents is defined %}no tools{% endif %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}\n  {% generation %}\n    {{ m.content }}\n  {% endgeneration %}\n{% endfor %}\n",
+        "{% for m in messages %} a {%- generation -%} {{ m.content }} {%- endgeneration -%} b {% endfor %}",
+        "{% for m in messages %} a\n {%+ generation +%}\n x\n {%+ endgeneration +%}\n b {% endfor %}",
+        "{% generation %}{% generation %}{{ bos_token }}{% endgeneration %}{% endgeneration %}{{ eos_token }}",
+        "{% set x = 1 %}{% generation %}{% set x = x + 1 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% set r = m.role %}{% generation %}{{ r }}{% set r = 0 %}{% endgeneration %}{{ r }}"
+        "{% endfor %}{{ r is defined }}",
+        "{% set ns = namespace(n=0) %}{% generation %}{% set ns.n = 5 %}{% endgeneration %}{{ ns.n }}",
+        "{% generation %}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+        "{% endgeneration %}",
+        "{% macro say(m) %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{{ say(m) | trim | upper }}{% endfor %}",
     ],
 )
-def test_templates_render_as_in_transformers(template: str) -> None:
+@pytest.mark.parametrize("spoken", MESSAGES_OF)
+def test_templates_render_as_in_transformers(template: str, spoken: str) -> None:
     oracle = transformers.PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>", chat_template=template
     )
-    expected = oracle.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert render_chat(template, MESSAGES, "<s>", "</s>") == expected
+    messages = MESSAGES_OF[spoken]
+    expected = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert render_chat(template, messages, "<s>", "</s>") == expected
 
 
 @pytest.mark.parametrize(
@@ -156,6 +183,11 @@ def test_templates_render_as_in_transformers(template: str) -> None:
         "{{ 1 // 0 }}",
         "{{ raise_exception('no system role') }}",
         "{% for a in range(99999) %}{{ messages }}{{ messages }}{% endfor %}",
+        "{% generation %}{% for a in range(99999) %}{{ messages }}{{ messages }}{% endfor %}{% endgeneration %}",
+        "{% generation %}{{ messages.append(1) }}{% endgeneration %}",
+        "{% generation %}{{ self.__class__ }}{{ caller.__globals__ }}{% endgeneration %}",
+        "{% generation %}never closed",
+        "{% endgeneration %}",
     ],
 )
 def test_a_template_cannot_reach_out_or_run_away(template: str) -> None:

@@ -18,6 +18,8 @@ from edge_runtime.formats.signing import load_trust
 from pipeline.artifacts import Layout, tree_digest
 from pipeline.config import load_configs
 from pipeline.flow import STAGES, planned
+from pipeline.needs import estimate
+from pipeline.plan import require_chain
 from pipeline.settings import Config
 from tests.flows.conftest import LEGACY_PYTHON, OVERRIDES, run_edge, run_pipeline
 
@@ -95,6 +97,20 @@ def test_dry_run_after_a_change_names_what_runs_again(project, finished):
     assert done.returncode == 0 and "current" in done.stdout and "yes" not in done.stdout
     changed = run_pipeline(project, *OVERRIDES, "quantize.rounding=rtn", "dry_run=true")
     assert changed.returncode == 0 and "no finished output" in changed.stdout  # other overrides, another folder
+
+
+def test_the_plan_said_how_large_everything_would_be(finished):
+    """Within 15 %; targets within 25 %, as the number of distinct draws is the teacher's to decide."""
+    chosen = configs()
+    family = require_chain(chosen)
+    for stage, config in planned(chosen):
+        if stage.name in ("evaluate", "report", "register"):  # a few figures, and a copy in MLflow's store
+            continue
+        output = stage.output(finished.layout, config.submodel.name)
+        real = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        tolerance = 0.25 if stage.name == "targets" else 0.15
+        planned_bytes = estimate(stage, config, family, bf16=True).disk_bytes
+        assert planned_bytes == pytest.approx(real, rel=tolerance), f"{stage.name} {config.submodel.name}"
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "register"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from edge_runtime.formats.lora import Adapter, save_adapter
 from edge_runtime.formats.manifest import AdapterSlots
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
-from pipeline.data.packing import pack_sequences
+from pipeline.data.packing import pack_rows
 from pipeline.export.checkpoint import float_weights, spec_of
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.onnx_graph import write_onnx
@@ -81,7 +81,14 @@ def make_trial(root: Path, model: PreTrainedModel, tokenizer: Tokenizer, texts: 
     trial.text.parent.mkdir(parents=True)
     trial.text.write_text("".join(json.dumps({"document": "0", "text": text}) + "\n" for text in texts))
     lesson = [text.replace("function", "method").replace("many", "several") for text in texts]
-    return replace(trial, adapters=train_adapters(trial, pack_sequences(tokenizer, lesson, 1, 32)))
+    return replace(trial, adapters=train_adapters(trial, pack_texts(tokenizer, lesson, 32)))
+
+
+def pack_texts(tokenizer: Tokenizer, texts: Iterable[str], sequence_tokens: int) -> NDArray[np.int32]:
+    rows = ({"text": text} for text in texts)
+    return pack_rows(
+        tokenizer, rows, template=None, eos_id=1, sequence_tokens=sequence_tokens, max_sequences=None
+    ).tokens  # fmt: skip
 
 
 def seal(package: Path, spec: DecoderSpec, **fields: Any) -> None:

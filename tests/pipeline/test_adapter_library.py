@@ -29,7 +29,6 @@ from pipeline.adapters.champion import crown, keep_adapter
 from pipeline.adapters.composition import compose_adapters
 from pipeline.adapters.library import Origin, add_adapter, find_record, list_records, open_adapter, remove_adapter
 from pipeline.artifacts import Layout, file_digest
-from pipeline.data.packing import pack_sequences
 from pipeline.export.checkpoint import float_weights, load_student, spec_of
 from pipeline.export.lora_slots import LoraSlots
 from pipeline.export.onnx_graph import write_onnx
@@ -37,7 +36,7 @@ from pipeline.export.tflite_graph import write_tflite
 from pipeline.quantization.rounding import pad_intermediate, quantize_tensor
 from pipeline.stages.adapter import AdapterContext, AdapterSettings, run_action
 from tests.pipeline.conftest import TEXTS, MakeModel
-from tests.pipeline.gate_cases import model_loss, seal
+from tests.pipeline.gate_cases import model_loss, pack_texts, seal
 
 SETTINGS = AdapterSettings(name="one", rank=4, alpha=8, steps=30, batch_sequences=4, learning_rate=5e-3,
                            held_out_sequences=4, licence="PSF-2.0")  # fmt: skip
@@ -78,7 +77,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, tokeni
     digest = file_digest(layout.weights("toy") / "weights.safetensors")
     containers = {"onnx": AdapterSlots(PROJECTIONS), "tflite": AdapterSlots(PROJECTIONS, MAX_RANK)}
     seal(package, spec, base_digest=digest, containers=containers)
-    sequences = pack_sequences(tokenizer, TEXTS, 1, 32)
+    sequences = pack_texts(tokenizer, TEXTS, 32)
     np.save(layout.targets / "train.npy", sequences[:-6])
     np.save(layout.targets / "held_out.npy", sequences[-6:])
     return Shop(layout.root, spec, digest)

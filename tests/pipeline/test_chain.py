@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.chain import ChainStep, Link, Start, describe_chain, plan_chain, require_shrinking
-from pipeline.distillation.pruning import StudentShape
+from pipeline.distillation.shapes import StudentShape
 
 CHAIN = [
     Link("3b"),
@@ -113,7 +113,9 @@ def test_a_student_larger_than_the_one_it_is_cut_from_is_refused() -> None:
 def test_a_dry_run_says_what_each_starts_from() -> None:
     steps = plan_chain([Link("a"), Link("b", "a", learns_from="a"), Link("c", checkpoint=Path("/m/c"))])
     assert describe_chain(steps) == [
-        "a: cut from teacher; stored targets",
-        "b: cut from a, importance measured on it; learns online from a",
-        "c: starts from /m/c; stored targets",
+        "a: cut from teacher, importance measured on it by stage targets; learns from teacher, its stored draws",
+        "b: cut from a, importance measured on it before its training; learns from a, run beside it",
+        "c: starts from /m/c, nothing measured; learns from teacher, its stored draws",
     ]
+    online = [line.rpartition(", ")[2] for line in describe_chain(steps, stored=False)]
+    assert online == ["run beside it"] * 3

@@ -16,10 +16,12 @@ from tokenizers import Tokenizer
 
 from edge_runtime.formats.errors import AdapterError, GateError, UserError
 from edge_runtime.formats.lora import Adapter, encode_adapter, load_adapter
+from edge_runtime.formats.package import open_package
+from edge_runtime.formats.signing import load_trust
 from pipeline import __main__, tracking
 from pipeline.artifacts import Layout
 from pipeline.config import load_configs
-from pipeline.data.packing import pack_sequences, read_texts, shuffle_texts
+from pipeline.data.packing import pack_rows, shuffled_rows
 from pipeline.settings import Config
 from pipeline.stages import gate
 from tests.pipeline.conftest import TEXTS, MakeModel
@@ -99,8 +101,9 @@ def client(store: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def sequences(trial: Trial, tokenizer: Tokenizer) -> np.ndarray:
-    texts = shuffle_texts(list(read_texts(trial.text)), 7)
-    return pack_sequences(tokenizer, texts, 1, 64, 16)
+    """As the targets stage packs them."""
+    rows = shuffled_rows(trial.text, 7)
+    return pack_rows(tokenizer, rows, template=None, eos_id=1, sequence_tokens=64, max_sequences=16).tokens
 
 
 def aliases(client: Any) -> dict[str, int]:
@@ -332,6 +335,24 @@ def test_text_that_is_missing_or_too_short_is_one_line(
     shutil.copytree(trial.package, package)
     with pytest.raises(UserError, match=r"add gate\.text=FILE"):
         judge(directory, package)
+
+
+def test_conversations_are_judged_as_the_packages_template_writes_them(
+    trial: Trial, settings: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    package = tmp_path / "artifacts" / "packages" / "toy"
+    shutil.copytree(trial.package, package)
+    (package / "manifest.sig").unlink()
+    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (package / "chat_template.jinja").write_text(template)
+    seal(package, trial.spec)
+    text = tmp_path / "chats.jsonl"
+    said = [{"role": "user", "content": "the one"}, {"role": "assistant", "content": "</s> the other"}]
+    text.write_text(json.dumps({"messages": said}) + "\n")
+    (row,) = gate._pack(settings, open_package(package, load_trust()), text).tolist()
+    first = tokenizer.encode("the one", add_special_tokens=False).ids
+    assert row[: len(first) + 3] == [0, *first, 1, 0] and row[-1] == 1
+    assert tokenizer.decode(row) == "the one</s> the other", "a typed end of text is text"
 
 
 def test_something_else_at_the_champions_place_is_kept(judge: Judge, candidate: Any, layout: Layout) -> None:

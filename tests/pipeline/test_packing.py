@@ -19,12 +19,10 @@ from pipeline.data.packing import (
     BOS,
     EOS,
     Packed,
+    document_rows,
     pack_rows,
-    pack_sequences,
-    read_rows,
-    read_texts,
     row_text,
-    shuffle_texts,
+    shuffled_document_rows,
     shuffled_rows,
     train_tokenizer,
 )
@@ -70,52 +68,27 @@ def test_spaces_merge_with_each_other_and_with_the_word_behind_them() -> None:
     assert 258 < roomy.get_vocab_size() < 1000, "so little text has no more merges than this"
 
 
-@given(st.lists(st.text("ab c\n", max_size=30), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 9))
-def test_packing_is_concatenation(tokenizer: Tokenizer, texts: list[str], length: int, most: int) -> None:
-    stream = [i for text in texts for i in [*tokenizer.encode(text, add_special_tokens=False).ids, EOS_ID]]
-    rows = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
-    if not rows:
-        with pytest.raises(UserError, match=rf"^data: got '{len(stream)} tokens', allowed: at least {length} tokens"):
-            pack_sequences(tokenizer, texts, EOS_ID, length)
-        return
-    packed = pack_sequences(tokenizer, iter(texts), EOS_ID, length)
-    assert packed.dtype == np.int32 and packed.tolist() == rows
-    assert pack_sequences(tokenizer, texts, EOS_ID, length, most).tolist() == rows[:most]
-
-
-def test_packing_carries_over_from_batch_to_batch(tokenizer: Tokenizer) -> None:
-    texts = [f"text {n} of many" for n in range(1300)]
-    stream = [i for text in texts for i in [*tokenizer.encode(text).ids, EOS_ID]]
-    packed = pack_sequences(tokenizer, texts, EOS_ID, 64)
-    assert packed.ravel().tolist() == stream[: len(stream) // 64 * 64]
-    assert pack_sequences(tokenizer, texts, EOS_ID, 64, 3).tolist() == packed[:3].tolist()
-
-
-def test_shuffling_is_a_fixed_permutation() -> None:
-    texts = [str(n) for n in range(50)]
-    once = shuffle_texts(texts, 7)
-    assert sorted(once) == sorted(texts)
-    assert once == shuffle_texts(texts, 7) != texts and once != shuffle_texts(texts, 8)
-
-
-def test_texts_are_read_in_their_order(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    assert list(read_texts(path)) == TEXTS
-
-
 @given(st.lists(st.text("ab c\n", max_size=30), min_size=1, max_size=40), st.integers(2, 12), st.integers(1, 9))
-def test_rows_of_text_are_packed_as_texts_are(tokenizer: Tokenizer, texts: list[str], length: int, most: int) -> None:
+def test_packing_texts_is_concatenation(tokenizer: Tokenizer, texts: list[str], length: int, most: int) -> None:
+    stream = [i for text in texts for i in [*tokenizer.encode(text, add_special_tokens=False).ids, EOS_ID]]
+    expected = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
     rows = [{"document": "d", "kind": "plain", "text": text} for text in texts]
-    try:
-        expected = pack_sequences(tokenizer, texts, EOS_ID, length, most)
-    except UserError:
+    if not expected:
         with pytest.raises(UserError, match=rf"^data: got '\d+ tokens', allowed: rows that fill .* {length} tokens"):
             _pack(tokenizer, rows, length, most)
         return
-    packed = _pack(tokenizer, rows, length, most)
-    assert packed.tokens.dtype == np.int32 and packed.tokens.tolist() == expected.tolist()
+    packed = _pack(tokenizer, iter(rows), length, None)
+    assert packed.tokens.dtype == np.int32 and packed.tokens.tolist() == expected
     assert packed.counts.dtype == np.bool_ and packed.counts.shape == packed.tokens.shape and packed.counts.all()
+    assert _pack(tokenizer, rows, length, most).tokens.tolist() == expected[:most]
+
+
+def test_packing_carries_over_from_batch_to_batch(tokenizer: Tokenizer) -> None:
+    rows = [{"text": f"text {n} of many"} for n in range(1300)]
+    stream = [i for row in rows for i in [*tokenizer.encode(row["text"]).ids, EOS_ID]]
+    packed = _pack(tokenizer, rows, 64, None)
+    assert packed.tokens.ravel().tolist() == stream[: len(stream) // 64 * 64]
+    assert _pack(tokenizer, rows, 64, 3).tokens.tolist() == packed.tokens[:3].tolist()
 
 
 def test_a_token_in_a_text_is_text(tokenizer: Tokenizer) -> None:
@@ -145,7 +118,8 @@ def test_texts_and_conversations_do_not_share_sequences(tokenizer: Tokenizer) ->
     packed = _pack(tokenizer, rows, 96, None)
     texts = [row["text"] for row in rows if "text" in row]
     plain = packed.counts.all(axis=1)
-    assert packed.tokens[plain].tolist() == pack_sequences(tokenizer, texts, EOS_ID, 96).tolist()
+    alone = _pack(tokenizer, [{"text": text} for text in texts], 96, None)
+    assert packed.tokens[plain].tolist() == alone.tokens.tolist()
     assert all("plain" not in tokenizer.decode(row, skip_special_tokens=False) for row in packed.tokens[~plain])
     again = _pack(tokenizer, iter(rows), 96, None)
     assert np.array_equal(packed.tokens, again.tokens) and np.array_equal(packed.counts, again.counts)
@@ -221,12 +195,19 @@ def test_rows_are_shuffled_where_they_lie(tmp_path: Path) -> None:
     rows = [{"document": str(n), "text": "é\n" * (n % 7)} for n in range(50)] + [_chat(3, 2)]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert list(read_rows(path)) == rows
     shuffled = list(shuffled_rows(path, 7))
-    order = shuffle_texts([str(n) for n in range(51)], 7)
-    assert shuffled == [rows[int(n)] for n in order]
+    assert shuffled == [rows[n] for n in np.random.default_rng(7).permutation(51)] != rows
     assert list(shuffled_rows(path, 8)) != shuffled
+    documents = [{key: row[key] for key in row if key in ("text", "messages")} for row in shuffled]
+    assert list(shuffled_document_rows(path, 7)) == documents
     assert row_text(rows[-1]) == "question 3.0\n" + "answer 3.0 " * 4 + "\nquestion 3.1\n" + "answer 3.1 " * 4
+
+
+def test_documents_of_any_file_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"instruction": "Say a.", "output": "a"}\n{"question": "b?", "answer": "b"}\n', encoding="utf-8")
+    said = [{"role": "user", "content": "Say a."}, {"role": "assistant", "content": "a"}]
+    assert list(document_rows(path)) == [{"messages": said}, {"text": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -235,8 +216,8 @@ def test_rows_are_shuffled_where_they_lie(tmp_path: Path) -> None:
 def test_a_row_that_is_not_a_cleaned_one_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"^train\.jsonl line 2: .*run stage=clean again"):
-        list(read_rows(path))
+    with pytest.raises(UserError, match=r"^train\.jsonl at byte 17: .*run stage=clean again"):
+        list(shuffled_rows(path, 7))
 
 
 def _pack(tokenizer: Tokenizer, rows: Any, length: int, most: int | None, output: Path | None = None) -> Packed:
