@@ -76,6 +76,8 @@ def write_teacher(folder: Path, sizes: dict[str, int]) -> None:
         model = Qwen2ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    torch.cuda.empty_cache()  # what this process holds would count in every stage
     texts = [document.text for document in python_documents()]
     train_tokenizer(texts, 4096).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8")
