@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from edge_runtime.formats.errors import ConfigError, UserError
-from pipeline.distillation.chain import Link, plan_chain
+from pipeline.distillation.chain import Link, plan_chain, require_vocabularies
 from pipeline.settings import Config
 
 _VARIANTS = {"from_scratch", "local", "hub", "pairs", "python_docs", "python_packages"}  # of teacher and data
@@ -56,8 +56,11 @@ def load_configs(overrides: Sequence[str]) -> dict[str, Config]:
 def _chain_order(members: dict[str, Config]) -> list[str]:
     """Names of a family, each after the submodels that it is cut from or learns from."""
     submodels = [config.submodel for config in members.values()]
+    links = [Link(each.name, each.cut_from, each.checkpoint, each.learns_from, each.trims) for each in submodels]
+    aligned = any(config.distill.loss == "aligned" for config in members.values())
     try:
-        steps = plan_chain([Link(each.name, each.cut_from, each.checkpoint, each.learns_from) for each in submodels])
+        steps = plan_chain(links)
+        require_vocabularies(links, aligned=aligned)
     except UserError as error:
         raise ConfigError(str(error)) from None
     return [step.name for step in steps]
