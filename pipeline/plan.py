@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,29 @@ def require_sources(config: Config) -> None:
     if isinstance(config.data, DataConfig) and config.data.path is not None:
         document_files(config.data.path)
     require_legacy_python(config)
+
+
+def require_checkpoints(configs: Iterable[Config]) -> None:
+    """Refuse checkpoints that submodels cannot start from, before anything is done.
+
+    Whether a tokenizer is the teacher's is known now where the teacher is a folder, else when it is distilled.
+
+    Raises:
+        UserError: One of them cannot be used; the message names it.
+    """
+    for config in configs:
+        if config.submodel.checkpoint is None:
+            continue
+        from pipeline.distillation.checkpoint_files import read_config
+        from pipeline.distillation.student_text import require_checkpoint
+        from pipeline.distillation.teachers import resolve_checkpoint
+
+        path = located(config.submodel.checkpoint)
+        if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
+            aligned = config.distill.loss == "aligned"
+            require_checkpoint(path, resolve_checkpoint(config.teacher), config.submodel, aligned=aligned)
+        else:
+            read_config(path, "submodel.checkpoint")
 
 
 def require_resources(chosen: Sequence[tuple[Stage, Config]], layout: Layout) -> None:

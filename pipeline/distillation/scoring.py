@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.formats.errors import UserError
+
 FloatArray = NDArray[np.float32]
 
 
@@ -37,8 +39,17 @@ class HeldOut:
 
     @classmethod
     def open(cls, folder: Path, length: int | None = None) -> HeldOut:
-        """Read the arrays of ``Layout.sequences``, each sequence cut to ``length`` tokens."""
-        tokens, text_bytes = (np.load(folder / f"{name}.npy")[:, :length] for name in ("held_out", "held_out_bytes"))
+        """Read the arrays of ``Layout.sequences``, each sequence cut to ``length`` tokens.
+
+        Raises:
+            UserError: They are not there, or an earlier version wrote them.
+        """
+        try:
+            tokens, text_bytes = (np.load(folder / f"held_out{name}.npy")[:, :length] for name in ("", "_bytes"))
+        except FileNotFoundError as error:
+            raise UserError(
+                "held-out text", str(error.filename), "a file that stage=targets writes", "run python -m pipeline"
+            ) from None
         if not (folder / "held_out_draws.npy").is_file():
             return cls(tokens, text_bytes, None, None, None)
         said = (np.load(folder / f"held_out_{name}.npy")[:, :length] for name in ("draws", "log_p", "top1"))

@@ -23,7 +23,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import Layout, located
 from pipeline.distillation.batches import Sequences
 from pipeline.distillation.checkpoint_files import copy_tokenizer, read_config
-from pipeline.distillation.initial_student import VocabularyMatch, inspect_student, require_loss
+from pipeline.distillation.initial_student import InitialStudent, VocabularyMatch, inspect_student, require_loss
 from pipeline.distillation.remapped_signals import first_pieces, remap_held_out, remap_tokens
 from pipeline.distillation.scoring import HeldOut
 from pipeline.distillation.teachers import eos_ids, read_source
@@ -98,10 +98,9 @@ def prepare_text(config: Config, layout: Layout, output: Path) -> StudentText:
     aligned, parent = config.distill.loss == "aligned", layout.student(submodel.cut_from)
     kept_ids = None
     if submodel.checkpoint is not None:
-        path = located(submodel.checkpoint)
-        require_checkpoint(path, teacher, submodel, aligned=aligned)
-        if inspect_student(path, teacher).vocabulary == VocabularyMatch.DIFFERENT:
-            return _pack(path, config.seed, layout, output)
+        found = require_checkpoint(located(submodel.checkpoint), teacher, submodel, aligned=aligned)
+        if found.vocabulary == VocabularyMatch.DIFFERENT:
+            return _pack(found.path, config.seed, layout, output)
     elif submodel.cut_from != "teacher" and layout.sequences(submodel.cut_from) != layout.targets:
         if not (parent / "targets" / _KEPT_IDS).is_file():
             return _inherit(parent, submodel, output, aligned=aligned)
@@ -111,8 +110,8 @@ def prepare_text(config: Config, layout: Layout, output: Path) -> StudentText:
     return StudentText(layout.teacher, layout.targets) if kept_ids is None else _trim(kept_ids, teacher, layout, output)
 
 
-def require_checkpoint(path: Path, teacher: Path, submodel: SubmodelConfig, *, aligned: bool) -> None:
-    """Refuse a checkpoint as a student's start, before any work.
+def require_checkpoint(path: Path, teacher: Path, submodel: SubmodelConfig, *, aligned: bool) -> InitialStudent:
+    """What a checkpoint is that a student shall start from, found out before any work.
 
     Raises:
         UserError: It cannot be read, is larger than its teacher, or its tokenizer needs another loss or cannot be
@@ -125,6 +124,7 @@ def require_checkpoint(path: Path, teacher: Path, submodel: SubmodelConfig, *, a
             "a checkpoint with the teacher's tokenizer", "leave them out: another tokenizer stays whole",
         )  # fmt: skip
     require_loss(found, aligned=aligned)
+    return found
 
 
 def _choose(submodel: SubmodelConfig, teacher: Path, layout: Layout) -> NDArray[np.int64]:

@@ -142,7 +142,7 @@ def _cut(run: StageRun, text: StudentText) -> Any:
         importance = _measured(run, cut)
     pruned = run.checkpoint / "pruned"
     trimming = text.trimming if submodel.trims else None  # one that is inherited is done already
-    prune_checkpoint(cut, pruned, importance, shape, vocabulary=trimming and trimming.vocabulary)
+    prune_checkpoint(cut, pruned, importance, shape, vocabulary=None if trimming is None else trimming.vocabulary)
     return _load(pruned)
 
 
