@@ -79,7 +79,7 @@ _FORMATS = "edge_runtime/formats"
 REFERENCE = "assets/reference_teacher"
 _MODELS = ("pipeline/distillation", _FORMATS)
 _STUDENT_LOGITS = "pipeline/distillation/recording.py"
-_PACKING = ("pipeline/data/packing.py", "pipeline/data/encoding.py")
+_PACKING = tuple(f"pipeline/data/{name}.py" for name in ("packing", "encoding", "chat_template"))
 STAGES = {
     stage.name: stage
     for stage in (

@@ -48,7 +48,8 @@ def loss_settings(config: Config) -> LossSettings | AlignedLoss:
     distill = config.distill
     if distill.loss == "aligned":
         return AlignedLoss(distill.beta, chunk_positions=distill.chunk_tokens)
-    kind = LossKind.SAMPLED_KL if distill.signal == "stored" else LossKind(distill.loss)
+    stored = distill.signal == "stored" and config.submodel.learns_from == "teacher"
+    kind = LossKind.SAMPLED_KL if stored else LossKind(distill.loss)
     return LossSettings(
         kind, temperature=distill.temperature, beta=distill.beta, skew=distill.skew, chunk_tokens=distill.chunk_tokens
     )
