@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edge_runtime.formats.errors import UserError
+from edge_runtime.formats.errors import ConfigError, UserError
+from pipeline import config as config_module
 from pipeline.artifacts import Layout, StageRun, read_json
-from pipeline.config import load_configs
+from pipeline.config import CONF_DIR, load_configs
 from pipeline.data.packing import train_tokenizer
 from pipeline.distillation.batches import Batch, read_batch
 from pipeline.distillation.chain import Link, require_vocabularies
@@ -318,6 +321,20 @@ def test_what_does_not_go_together_is_one_line_before_any_work(layout: Layout, o
 def test_settings_that_contradict_are_refused(section: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         configured(**{section: values})
+
+
+def test_a_family_whose_vocabularies_do_not_fit_is_refused_with_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr(config_module, "CONF_DIR", tmp_path / "conf")
+    for name, settings in (("ci_small", {"vocab_coverage": 0.9}), ("ci_tiny", {"learns_from": "ci_small"})):
+        path = tmp_path / "conf" / "submodel" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^submodel ci_tiny: learns_from: got 'ci_small', allowed: .*loss=aligned"):
+        load_configs(["experiment=ci"])
+    aligned = load_configs(["experiment=ci", "distill.loss=aligned", "distill.signal=online"])
+    assert list(aligned) == ["ci_small", "ci_tiny"]
 
 
 TRIMMED, CHILD = Link("a", trims=True), Link("b", "a")
