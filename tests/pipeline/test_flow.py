@@ -89,7 +89,8 @@ class TestExecute:
             for stage in ("clean", "teacher", "targets"):
                 if not run.layout.metrics(stage).exists():
                     write_json(run.layout.metrics(stage), {})
-            write_json(run.layout.metrics("distill", run.submodel), {})
+            for stage in ("distill", "quantize"):
+                write_json(run.layout.metrics(stage, run.submodel), {})
 
         monkeypatch.setattr(flow, "import_module", lambda _name: type("Module", (), {"run": staticmethod(run)}))
         monkeypatch.setattr(flow, "prepare_process", lambda _stage, _config: None)
