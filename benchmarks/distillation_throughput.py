@@ -24,21 +24,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.distillation_trial import kernels, peer_trl
+from benchmarks.distillation_trial import kernels, loop, peer_trl
 from benchmarks.distillation_trial.models import (
     QWEN,
     TINY,
     Setting,
     build_model,
-    compile_layers,
     flops_per_token,
     freeze,
     layer_tensors,
     sharing_copy,
     storage_bytes,
-    use_cudnn_attention,
 )
 from benchmarks.distillation_trial.steps import Case, Marks, make_step
+from pipeline.distillation.fast_layers import hasten_teacher
 from pipeline.distillation.float8_teacher import quantize_teacher
 
 CASES = (
@@ -50,6 +49,9 @@ CASES = (
     Case("online, float8 teacher", "float8", 16),
     Case("plain transformers, batch 16", "plain", 16),
     Case("stored draws", "stored", 16, chunk_tokens=8192),
+    Case("the stage's loop, online, bf16 teacher", "online", 16, whole_loop=True),
+    Case("the stage's loop, online, float8 teacher", "float8", 16, whole_loop=True),
+    Case("the stage's loop, stored draws", "stored", 16, chunk_tokens=8192, whole_loop=True),
 )
 _PEERS = ("plain", "trl")
 
@@ -125,6 +127,11 @@ def _run_round(
             if case.signal == "trl":
                 _run_trl(result, setting, teacher, device, options)
                 return
+            if case.whole_loop:
+                steps = max(2, round(options.tokens / case.tokens_per_step(setting)))
+                rate, result.loss = loop.tokens_per_second(case, setting, teacher, device, steps, not options.eager)
+                result.tokens_per_s.append(rate)
+                return
             step = make_step(case, setting, teacher, device, not options.eager)
             for _ in range(2 if number == 0 else 1):
                 loss = step(lambda _: None)
@@ -168,10 +175,7 @@ def _teachers(setting: Setting, device: torch.device, compiled: bool) -> Teacher
         quantize_teacher(by_signal["float8"])
         float8 = storage_bytes(*layer_tensors(by_signal["float8"]))
     for model in (by_signal[name] for name in ("online", "float8") if name in by_signal):
-        if device.type == "cuda":
-            use_cudnn_attention(model)
-        if compiled:
-            compile_layers(model)
+        hasten_teacher(model, compiled)
     everything = storage_bytes(*teacher.parameters()) + float8
     return Teachers(by_signal, {"plain": float8, "trl": float8, "online": float8, "float8": own, "stored": everything})
 

@@ -95,7 +95,8 @@ def settings(teacher: Path, chosen: argparse.Namespace) -> list[str]:
                  "distill.importance_sequences=4", "distill.batch_sequences=4", "distill.compile=false",
                  "export.context_tokens=96", "export.prefill_tokens=16", "distill.steps=5"]  # fmt: skip
         return [*common, *small]
-    return [*common, f"distill.target_tokens={chosen.target_tokens}", "distill.importance_sequences=64"]
+    return [*common, f"distill.target_tokens={chosen.target_tokens}", "distill.importance_sequences=64",
+            "distill.micro_sequences=16", "distill.chunk_tokens=8192"]  # fmt: skip
 
 
 def run_stage(stage: str, overrides: list[str], work: Path) -> dict[str, float]:

@@ -93,7 +93,7 @@ class CheckpointTeacher(_Strict):
     path: Path | None = None
     name: str | None = None
     revision: str = "main"
-    load: Literal["fp32", "bf16", "int8", "int4"]
+    load: Literal["fp32", "bf16", "float8", "int8", "int4"]
     device_map: str | None = None
 
     @model_validator(mode="after")

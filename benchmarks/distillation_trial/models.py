@@ -82,30 +82,6 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def compile_layers(model: Any) -> Any:
-    """Compile the decoder layer once for all layers; everything between them stays eager."""
-    for layer in model.get_decoder().layers:
-        layer.compile(dynamic=False)
-    return model
-
-
-def use_cudnn_attention(model: Any) -> Any:
-    """Let the model attend by cuDNN's kernel: without gradients it is nearly twice as fast as flash attention here."""
-    import transformers
-
-    transformers.AttentionInterface.register("cudnn", _cudnn_attention)
-    model.config._attn_implementation = "cudnn"
-    return model
-
-
-def _cudnn_attention(*arguments: Any, **named: Any) -> Any:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa_attention_forward(*arguments, **named)
-
-
 def storage_bytes(*tensors: torch.Tensor) -> int:
     """Bytes of distinct tensors."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.distillation_trial.models import Setting, build_model, compile_layers
+from benchmarks.distillation_trial.models import Setting, build_model
 from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.fast_layers import compile_layers
 from pipeline.distillation.head_losses import HeadSignal, head_loss
 from pipeline.distillation.master_weights import attach_masters
 from pipeline.distillation.signals import DenseSignal, SparseSignal
@@ -32,6 +33,7 @@ class Case:
         batch_sequences: Of one forward and backward pass.
         micro_batches: Passes a step of the optimizer.
         chunk_tokens: Positions whose logits exist at a time.
+        whole_loop: The loop that ``stage=distill`` runs, not only its steps.
         ahead: The teacher reads the next batch on a stream of its own while the student learns from this one.
     """
 
@@ -41,6 +43,7 @@ class Case:
     micro_batches: int = 1
     chunk_tokens: int = 4096
     ahead: bool = False
+    whole_loop: bool = False
 
     def tokens_per_step(self, setting: Setting) -> int:
         return self.batch_sequences * self.micro_batches * setting.sequence_tokens
@@ -169,7 +172,7 @@ def _begun_early(teach: Callable[[int], torch.Tensor]) -> Iterator[torch.Tensor]
 
 
 def _stored_signals(case: Case, setting: Setting, device: torch.device) -> Iterator[HeadSignal]:
-    draws = [_draws(case, setting, seed) for seed in range(_RING)]
+    draws = [draws_of(case, setting, seed) for seed in range(_RING)]
     for ids, weights in itertools.cycle(draws):
         yield SparseSignal(ids.to(device, non_blocking=True), weights.to(device, non_blocking=True))
 
@@ -181,7 +184,7 @@ def _token_batches(case: Case, setting: Setting, device: torch.device) -> list[t
     return [torch.randint(setting.vocabulary, shape, generator=generator).to(device) for _ in range(_RING)]
 
 
-def _draws(case: Case, setting: Setting, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draws_of(case: Case, setting: Setting, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws of a batch in host memory as the store decodes them: distinct ids (N, K), weights that sum to 1."""
     generator = torch.Generator().manual_seed(seed)
     rows = case.batch_sequences * setting.sequence_tokens

@@ -44,7 +44,7 @@ def quantize_teacher(teacher: Any) -> int:
     for _, name, linear in places:
         if linear.in_features % _SIZE_STEP or linear.out_features % _SIZE_STEP:
             sizes = f"{name} {linear.out_features} x {linear.in_features}"
-            raise UserError("teacher.precision", f"float8 of {sizes}", f"sizes divisible by {_SIZE_STEP}", "use bf16")
+            raise UserError("teacher.load", f"float8 of {sizes}", f"sizes divisible by {_SIZE_STEP}", "use bf16")
     for parent, name, linear in places:
         setattr(parent, name, Float8Linear(linear))
     return len(places)
@@ -85,7 +85,7 @@ def _scale_of(rows: torch.Tensor) -> torch.Tensor:
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda":
-        raise UserError("teacher.precision", "float8", f"bf16 or fp32 on {device.type}", "float8 needs a GPU")
+        raise UserError("teacher.load", "float8", f"bf16 or fp32 on {device.type}", "float8 needs a GPU")
     if torch.cuda.get_device_capability(device) < _COMPUTE_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise UserError("teacher.precision", "float8", f"bf16 on {name}", "float8 needs compute capability 8.9")
+        raise UserError("teacher.load", "float8", f"bf16 on {name}", "float8 needs compute capability 8.9")

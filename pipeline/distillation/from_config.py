@@ -35,6 +35,7 @@ def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: 
         weight_decay=distill.weight_decay,
         warmup_ratio=distill.warmup_ratio,
         bf16=uses_bf16(config),
+        bf16_weights=uses_bf16(config) and training_device().type == "cuda",
         seed=config.seed,
         checkpoint_every_steps=distill.checkpoint_every_steps,
         micro_sequences=distill.micro_sequences,

@@ -161,6 +161,7 @@ def _retrieval_row(
     """Tokens (T,), and which of them are learned."""
     needles = draw_needles(form, count, rng)
     first = rng.random(count)
+    first[0] = 0.0  # nothing before it: the place that random ones leave out, and where recall is lowest
     asked = rng.permutation(count)[:questions]  # each once: an earlier answer close by would do for a later one
     late = rng.random(questions) < _LATE_SHARE
     earliest = np.where(late, np.maximum(first[asked], _LATE_FROM), first[asked])

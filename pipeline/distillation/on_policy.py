@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch, LossSum
+from pipeline.distillation.fast_layers import uncompiled
 from pipeline.distillation.objectives import Objective
 
 _STEPS, _TOKENS = 0, 1  # random streams of a step: whether it samples, and what
@@ -130,7 +131,7 @@ def continue_prompts(
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.bf16), _uncompiled():
+        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.bf16), uncompiled():
             for number in range(uniforms.shape[1]):
                 out = model(
                     input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
@@ -173,8 +174,3 @@ def _written(new: torch.Tensor, eos_ids: tuple[int, ...]) -> torch.Tensor:
 def _spread(model: Any) -> bool:
     """Whether the processes gather the model's parts together, and so must take the same number of steps."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-def _uncompiled() -> Any:
-    """Lengths grow with each token: compiled layers would be compiled again and again."""
-    return torch.compiler.set_stance("force_eager")

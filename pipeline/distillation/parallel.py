@@ -18,6 +18,7 @@ from torch import nn
 
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch
+from pipeline.distillation.fast_layers import decoder_layers
 from pipeline.distillation.objectives import Objective
 
 Sharding = Literal["none", "fsdp"]
@@ -87,12 +88,6 @@ def spread(learner: Learner, processes: Processes, sharding: Sharding, *, bf16: 
     # The rest (embedding, last norm, head) belongs to the whole, which keeps it gathered while the objective runs.
     fully_shard(learner, mesh=mesh, mp_policy=policy)
     return learner
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated part of a transformer: the first list of modules in it; empty if there is none."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module))
-    return list(next(lists, []))
 
 
 @contextmanager

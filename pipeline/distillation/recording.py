@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.distillation.fast_layers import uncompiled
 from pipeline.distillation.signals import checked_head, draw, head_logits, last_hidden
 
 SHARD_SEQUENCES = 64
@@ -69,7 +70,7 @@ def record_draws(
 def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> torch.Tensor:
     """(B, T, V) float32 on this process's CPU."""
     tokens = torch.from_numpy(sequences.astype(np.int64)).to(teacher.device)
-    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16), uncompiled():
         logits: torch.Tensor = teacher(input_ids=tokens, use_cache=False).logits
     return logits.float().cpu()
 

@@ -84,7 +84,9 @@ def read_source(folder: Path) -> TeacherSource:
 
 
 def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
-    """Load a checkpoint for inference: fp32, bf16, or 8 and 4 bits through bitsandbytes; on the GPU if there is one.
+    """Load a checkpoint for inference, on the GPU if there is one.
+
+    fp32, bf16, bf16 with float8 layers (``float8_teacher``), or 8 and 4 bits through bitsandbytes.
 
     Args:
         source: Where it is and how to load it.
@@ -96,6 +98,8 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from pipeline.distillation.float8_teacher import quantize_teacher
 
     load = load or source.load
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
@@ -109,6 +113,8 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
         model = AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
         if "device_map" not in options and torch.cuda.is_available():
             model.to("cuda")
+        if load == "float8":
+            quantize_teacher(model)
         if "quantization_config" in options:  # kernels that are missing, or refuse a size, show only when they run
             with torch.no_grad():
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)

@@ -39,12 +39,13 @@ from pipeline.distillation.checkpoints import (
     open_state,
     state_writer,
 )
+from pipeline.distillation.fast_layers import compiled_layers
+from pipeline.distillation.master_weights import MasterWeights, attach_masters
 from pipeline.distillation.objectives import Objective
 from pipeline.distillation.parallel import (
     Learner,
     Processes,
     Sharding,
-    decoder_layers,
     join_processes,
     placed_like,
     spread,
@@ -78,6 +79,8 @@ class TrainPlan:
         micro_sequences: Sequences a forward pass of one process, 1 or more; None: all that it has.
             Gradients accumulate over them; the result is that of the whole batch.
         gradient_norm_max: Longer gradients are cut to this length, above 0.
+        bf16_weights: Compute with bf16 copies of the weights instead of casting at every use: faster and smaller on
+            GPUs. What learns stays float32. For one process, or FSDP, which does so itself, and whole models.
         compile: Compile each decoder layer (torch.compile); a minute at the start, faster on GPUs.
         recompute: Activations are computed twice instead of kept: less memory, a third more time.
         sharding: With several processes: ``none`` (each holds the whole model), or ``fsdp``.
@@ -93,21 +96,23 @@ class TrainPlan:
     checkpoint_every_steps: int
     micro_sequences: int | None = None
     gradient_norm_max: float = 1.0
+    bf16_weights: bool = False
     compile: bool = False
     recompute: bool = False
     sharding: Sharding = "none"
 
 
 _RESULT = ("steps", "batch_sequences", "learning_rate", "weight_decay", "warmup_ratio", "bf16", "seed",
-           "gradient_norm_max")  # fmt: skip
+           "gradient_norm_max", "bf16_weights")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    """A model while it is trained."""
+    """A model while it is trained; ``parameters`` are what the optimizer changes."""
 
     module: torch.nn.Module
     parameters: Mapping[str, torch.nn.Parameter]
+    masters: MasterWeights | None
     optimizer: torch.optim.Optimizer
     processes: Processes
     device: torch.device
@@ -231,24 +236,44 @@ def _prepared(
     if plan.recompute:
         _recompute(model, True)
     module = spread(Learner(model, objective), processes, plan.sharding, bf16=plan.bf16)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(parameters, plan.weight_decay), plan.learning_rate, _BETAS, _EPS, fused=True
-    )
-    device = next(iter(parameters.values())).device
-    compiled = decoder_layers(model) if plan.compile else []
-    for layer in compiled:  # after spreading, which gives the layers another class
-        layer.forward = torch.compile(layer.forward)
-    model.train()
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with (
+        _master_weights(model, plan, processes) as masters,
+        compiled_layers(model, plan.compile),  # after spreading, which gives the layers another class
+        torch.random.fork_rng(devices=[device] if (device := _device(learned)).type == "cuda" else []),
+    ):
+        parameters = learned if masters is None else dict(zip(learned, masters.masters, strict=True))
+        groups = _parameter_groups(parameters, plan.weight_decay)
+        optimizer = torch.optim.AdamW(groups, plan.learning_rate, _BETAS, _EPS, fused=True)
+        model.train()
+        try:
+            yield _Training(module, parameters, masters, optimizer, processes, device, plan, label)
+        finally:
+            model.eval()
+            if plan.recompute:
+                _recompute(model, False)
+
+
+@contextmanager
+def _master_weights(model: torch.nn.Module, plan: TrainPlan, processes: Processes) -> Iterator[MasterWeights | None]:
+    """bf16 weights that compute for the time of the block, and float32 ones that learn and are the model's after."""
+    parameters = list(model.parameters())
+    if not (plan.bf16_weights and processes.count == 1 and all(each.requires_grad for each in parameters)):
+        yield None
+        return
+    masters = attach_masters(parameters)
+    for parameter in parameters:
+        parameter.data = parameter.data.bfloat16()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield _Training(module, parameters, optimizer, processes, device, plan, label)
+        yield masters
     finally:
-        model.eval()
-        for layer in compiled:
-            del layer.forward
-        if plan.recompute:
-            _recompute(model, False)
+        masters.detach()
+        for parameter, master in zip(parameters, masters.masters, strict=True):
+            parameter.data = master.data
+
+
+def _device(parameters: Mapping[str, torch.nn.Parameter]) -> torch.device:
+    return next(iter(parameters.values())).device
 
 
 def _check(model: torch.nn.Module, plan: TrainPlan, processes: Processes) -> None:
@@ -327,15 +352,18 @@ def _take_step(training: _Training, step: int, micro_batches: list[Batch]) -> di
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
     optimizer.step()
     optimizer.zero_grad()
+    if training.masters is not None:
+        training.masters.publish()
     return {"loss": loss_value, "learning_rate": rate, "gradient_norm": norm_value}
 
 
 def _accumulate(training: _Training, micro_batches: list[Batch]) -> torch.Tensor:
     """Gradients of the summed loss; returns (total, weight), float64."""
     sums = torch.zeros(2, dtype=torch.float64, device=training.device)
+    casts = training.plan.bf16 and training.masters is None
     for number, batch in enumerate(micro_batches, 1):
         with without_sync(training.module, number < len(micro_batches)):
-            with torch.autocast(training.device.type, torch.bfloat16, enabled=training.plan.bf16):
+            with torch.autocast(training.device.type, torch.bfloat16, enabled=casts):
                 total, weight = training.module(batch)
             total.backward()
         sums += torch.stack([value.detach().to(training.device).double() for value in (total, weight)])
@@ -373,4 +401,6 @@ def _restore(path: Path, training: _Training) -> tuple[int, History]:
                 "step": read(f"step.{name}").to(training.device),
                 **moments,
             }
+        if training.masters is not None:
+            training.masters.publish()
     return step, history

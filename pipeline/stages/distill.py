@@ -187,24 +187,36 @@ def _signal_source(run: StageRun, text: StudentText, student: Any) -> SignalSour
 
 
 def _online(run: StageRun, text: StudentText, student: Any) -> SignalSource | AlignedSource:
-    from pipeline.distillation.from_config import training_device, uses_bf16
-    from pipeline.distillation.remapped_signals import TrimmedOnlineSource
-    from pipeline.distillation.signals import OnlineSource
-    from pipeline.distillation.student_text import read_sequences
+    from pipeline.distillation.fast_layers import hasten_teacher
+    from pipeline.distillation.from_config import training_device
     from pipeline.distillation.teachers import load_checkpoint, read_source
 
-    name, bf16 = run.config.submodel.learns_from, uses_bf16(run.config)
+    name = run.config.submodel.learns_from
     if name == "teacher":
         model = load_checkpoint(read_source(run.layout.teacher))
     else:
         model = _load(run.layout.student(name)).to(training_device())
-    read = run.layout.targets if name == "teacher" else run.layout.sequences(name)
+    source = _opened(run, text, student, model)
+    # Other tokenizers give sequences of another length each time; compiled layers are compiled for each.
+    hasten_teacher(model, run.config.distill.compile and run.config.distill.loss != "aligned")
+    return source
+
+
+def _opened(run: StageRun, text: StudentText, student: Any, model: Any) -> SignalSource | AlignedSource:
+    """What the model beside the student says, in the student's vocabulary."""
+    from pipeline.distillation.from_config import uses_bf16
+    from pipeline.distillation.remapped_signals import TrimmedOnlineSource
+    from pipeline.distillation.signals import OnlineSource
+    from pipeline.distillation.student_text import read_sequences
+
+    layout, name, bf16 = run.layout, run.config.submodel.learns_from, uses_bf16(run.config)
     if run.config.distill.loss == "aligned":
-        tokenizer = run.layout.teacher if name == "teacher" else run.layout.tokenizer(name)
+        tokenizer = layout.teacher if name == "teacher" else layout.tokenizer(name)
         return _aligned(student, text.tokenizer, model, tokenizer, bf16)
-    if text.trimming is None or read != run.layout.targets:  # both have all tokens, or the same ones
+    has_all_tokens = name == "teacher" or layout.sequences(name) == layout.targets
+    if text.trimming is None or not has_all_tokens:  # both have all, or the same ones
         return OnlineSource.open(model, bf16)
-    kept_ids, tokens = text.trimming.vocabulary.kept_ids, read_sequences(read).tokens
+    kept_ids, tokens = text.trimming.vocabulary.kept_ids, read_sequences(layout.targets).tokens
     return TrimmedOnlineSource.open(model, kept_ids, tokens, text.trimming.source, bf16)
 
 

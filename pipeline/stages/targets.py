@@ -26,6 +26,7 @@ def run(run: StageRun) -> None:
     """Write the token sequences, the stored teacher signal and the importance scores."""
     from tokenizers import Tokenizer
 
+    from pipeline.distillation.fast_layers import hasten_teacher
     from pipeline.distillation.from_config import uses_bf16
     from pipeline.distillation.recording import record_draws
     from pipeline.distillation.stored_targets import record_targets
@@ -38,6 +39,7 @@ def run(run: StageRun) -> None:
     teacher = load_checkpoint(source)
     train, held_out = (_pack(run, teacher, side).tokens for side in ("train", "held_out"))
     _save_importance(run, teacher, train)
+    hasten_teacher(teacher, config.distill.compile)
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     with progress("targets", len(train) + len(held_out)) as report:
         for done in record_targets(

@@ -87,11 +87,11 @@ def test_a_batch_in_which_nothing_counts_does_not_end_training(make_model: MakeM
 
 
 @pytest.mark.parametrize("killed_at", [2, 4, 7, 11])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("bf16", "bf16_weights"), [(False, False), (True, False), (True, True)])
 def test_a_killed_run_ends_with_the_same_bits(
-    make_model: MakeModel, tmp_path: Path, killed_at: int, bf16: bool
+    make_model: MakeModel, tmp_path: Path, killed_at: int, bf16: bool, bf16_weights: bool
 ) -> None:
-    plan = replace(PLAN, bf16=bf16)
+    plan = replace(PLAN, bf16=bf16, bf16_weights=bf16_weights)
     undisturbed = _model(make_model)
     history = _train(undisturbed, tmp_path / "a", plan)
     with pytest.raises(KeyboardInterrupt):
@@ -212,9 +212,9 @@ def test_half_precision_weights_are_trained_as_float32(make_model: MakeModel, tm
 def test_compiled_layers_learn_the_same(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, compile_really = [], torch.compile
 
-    def compile_without_a_c_compiler(function: Callable[..., Any]) -> Any:
+    def compile_without_a_c_compiler(function: Callable[..., Any], **options: Any) -> Any:
         compiled.append(function)
-        return compile_really(function, backend="eager")
+        return compile_really(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", compile_without_a_c_compiler)
     plan, models = replace(PLAN, steps=3), [make_model("llama", num_hidden_layers=2) for _ in range(2)]
@@ -222,6 +222,26 @@ def test_compiled_layers_learn_the_same(make_model: MakeModel, tmp_path: Path, m
     _train(models[1], tmp_path / "b", replace(plan, compile=True))
     assert len(compiled) == 2 and _same(*models)
     assert "forward" not in vars(models[1].model.layers[0])
+
+
+def test_bf16_copies_of_the_weights_learn_as_casts_at_every_use_do(make_model: MakeModel, tmp_path: Path) -> None:
+    """Steps far below bf16's resolution are not lost, and the weights are float32 again when all is done."""
+    plan = replace(PLAN, bf16=True, steps=40, learning_rate=2e-5, checkpoint_every_steps=100)
+    cast, copied, start = _model(make_model), _model(make_model), _model(make_model)
+    histories = [_train(cast, tmp_path / "a", plan), _train(copied, tmp_path / "b", replace(plan, bf16_weights=True))]
+    for found, expected in zip(*histories, strict=True):
+        assert math.isclose(found["loss"], expected["loss"], rel_tol=2e-3)
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.float32}
+    for found_, expected_, before in zip(copied.parameters(), cast.parameters(), start.parameters(), strict=True):
+        moved = float((expected_ - before).detach().norm())
+        assert float((found_ - expected_).detach().norm()) < 0.25 * moved
+
+
+def test_an_adapter_is_trained_beside_weights_that_stay_as_they_are(make_model: MakeModel, tmp_path: Path) -> None:
+    model = add_lora(_model(make_model), LoraSettings(rank=2, alpha=4, targets=("q_proj",)))
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    _train(model, tmp_path, replace(PLAN, bf16=True, bf16_weights=True))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_recomputed_activations_learn_the_same(make_model: MakeModel, tmp_path: Path) -> None:
