@@ -118,7 +118,7 @@ def require_vocabularies(links: Sequence[Link], *, aligned: bool) -> None:
     """
     by_name = {link.name: link for link in links}
     for link in links:
-        inherited = None if link.checkpoint else _trimmed_by(link.cut_from, by_name)
+        inherited = _trimmed_by(link.cut_from, by_name)
         if link.trims and inherited is not None:
             raise UserError(
                 f"submodel {link.name}: vocab_coverage, vocab_size", f"given, and cut from {link.cut_from}",

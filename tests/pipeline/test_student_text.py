@@ -44,8 +44,9 @@ QUICK = (
     "experiment=ci", "distill.sequence_tokens=16", "distill.target_tokens=640", "distill.steps=2", "distill.draws=16",
     "runtime.evaluation_sequences=6",
 )  # fmt: skip
+TEACHER = "checkpoint_of_the_teacher"
 ALIGNED = {"loss": "aligned", "signal": "online"}
-CUT = 280  # tokens: bytes, and a few words
+CUT, RARE = 280, VOCABULARY - 2  # tokens: bytes, and a few words; one that is kept for its name alone
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,19 @@ def layout(
     model = make_model("llama", tie_word_embeddings=True)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
-    model.save_pretrained(layout.teacher)
-    tokenizer.save(str(layout.teacher / "tokenizer.json"))
+    model.generation_config.suppress_tokens = [RARE]
+    checkpoint = layout.root / TEACHER
+    model.save_pretrained(checkpoint)
+    layout.teacher.mkdir()
+    for folder in (layout.teacher, checkpoint):
+        tokenizer.save(str(folder / "tokenizer.json"))
     (layout.teacher / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    source = {"path": ".", "load": "fp32", "device_map": None, "origin": "test"}
+    source = {"path": str(checkpoint), "load": "fp32", "device_map": None, "origin": "test"}
     (layout.teacher / "teacher.json").write_text(json.dumps(source), encoding="utf-8")
     layout.targets.mkdir()
     targets.run(StageRun(configured(), layout, layout.targets, layout.root / "checkpoint"))
+    shape = np.load(layout.targets / "train.npy").shape
+    np.save(layout.targets / "train_counts.npy", np.random.default_rng(9).random(shape) < 0.8)  # as of conversations
     return layout
 
 
@@ -120,12 +127,17 @@ def test_a_trimmed_vocabulary_is_a_tokenizer_and_text_that_reads_the_same(layout
         text = old.decode(was.tolist(), skip_special_tokens=False)
         found = new.decode(now.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert text.startswith(found) and len(found) > len(text) // 2
+    assert not text_bytes(old, VOCABULARY)[:2].any() and (text_bytes(old, VOCABULARY)[2:258] == 1).all()
     spelt = [len(new.decode([i]).encode()) for i in range(2, CUT) if not 2 <= i < 258]
     assert held_out.text_bytes.shape == held_out.tokens.shape
     assert text_bytes(Tokenizer.from_file(str(trimmed.tokenizer / "tokenizer.json")), CUT)[258:].tolist() == spelt
     assert trimmed.trimming is not None
     counts = np.bincount(np.load(layout.targets / "train.npy").ravel(), minlength=VOCABULARY)
     kept = counts[trimmed.trimming.vocabulary.kept_ids].sum() / counts.sum()
+    old_counts, new_counts = (np.load(folder / "train_counts.npy") for folder in (layout.targets, trimmed.folder))
+    source = trimmed.trimming.source
+    expected = (source >= 0) & np.take_along_axis(old_counts, np.maximum(source, 0), axis=1)
+    np.testing.assert_array_equal(new_counts, expected)
     assert 0.5 < kept < 1 and trimmed.trimming.coverage == pytest.approx(kept, abs=1e-12)
 
 
@@ -229,7 +241,9 @@ def test_a_teacher_beside_a_trimmed_student_gives_its_p_given_a_kept_token(
 
 
 @pytest.mark.parametrize("signal", ["stored", "online"])
-def test_a_trimmed_student_is_an_ordinary_checkpoint_and_the_next_is_cut_from_it(layout: Layout, signal: str) -> None:
+def test_a_trimmed_student_is_an_ordinary_checkpoint_and_the_next_is_cut_from_it(
+    layout: Layout, tokenizer: Tokenizer, signal: str
+) -> None:
     first, second = f"first_{signal}", f"second_{signal}"
     metrics = distilled(layout, configured(submodel={"vocab_coverage": 0.7}, distill={"signal": signal}), first)
     assert 0.7 <= metrics["vocab_coverage"] < 0.9 and 0 < metrics["kept_share"] < 1
@@ -238,11 +252,14 @@ def test_a_trimmed_student_is_an_ordinary_checkpoint_and_the_next_is_cut_from_it
         layout.student(first) / "targets",
     )
     model = AutoModelForCausalLM.from_pretrained(layout.student(first), local_files_only=True)
+    named = tokenizer.id_to_token(RARE)
     tokenizer = AutoTokenizer.from_pretrained(layout.student(first), local_files_only=True)
     assert model.config.vocab_size == len(model.get_input_embeddings().weight) == len(tokenizer) < VOCABULARY
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("</s>")
     tokens = HeldOut.open(layout.sequences(first)).tokens
     assert metrics["perplexity"] == pytest.approx(perplexity(model_logits(model, tokens), tokens), rel=1e-4)
+    assert tokenizer.convert_ids_to_tokens(model.generation_config.suppress_tokens) == [named]
+    assert distilled(layout, configured(distill={"signal": signal}), f"whole_{signal}")["kept_share"] == 1
     links = {"cut_from": first, "learns_from": first}
     again = distilled(layout, configured(submodel=links, distill={"signal": signal}), second)
     assert again["kept_share"] == metrics["kept_share"]
@@ -276,10 +293,12 @@ def test_checkpoints_with_the_teachers_tokenizer_can_be_trimmed(
     for tied in (True, False):
         model = make_model("qwen3", **SMALL | {"tie_word_embeddings": tied})
         before = model.get_output_embeddings().weight.clone()
+        model.config.pad_token_id, model.generation_config.suppress_tokens = int(kept[-2]), [int(kept[-1])]
         keep_rows(model, trimmed.trimming.vocabulary)
         torch.testing.assert_close(model.get_output_embeddings().weight, before[kept], rtol=0, atol=0)
         assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-        assert model.config.vocab_size == CUT
+        assert (model.config.vocab_size, model.config.pad_token_id) == (CUT, CUT - 2)
+        assert model.generation_config.suppress_tokens == [CUT - 1]
     with pytest.raises(UserError, match=r"^vocabulary: got 320, allowed: the 280 rows of the model$"):
         keep_rows(model, trimmed.trimming.vocabulary)
     make_model("qwen3", **SMALL, vocab_size=VOCABULARY + 16).save_pretrained(tmp_path)
@@ -292,8 +311,8 @@ def test_checkpoints_with_the_teachers_tokenizer_can_be_trimmed(
 def test_what_does_not_go_together_is_one_line_before_any_work(layout: Layout, own: Path, tmp_path: Path) -> None:
     config = configured(submodel={"checkpoint": own, "vocab_size": 290})
     with pytest.raises(UserError, match=r"^submodel\.vocab_coverage, vocab_size: got 'given, and .*its own', allowed"):
-        require_checkpoint(own, layout.teacher, config.submodel, aligned=True)
-    teacher = CheckpointTeacher(kind="local", path=layout.teacher, load="fp32")
+        require_checkpoint(own, layout.root / TEACHER, config.submodel, aligned=True)
+    teacher = CheckpointTeacher(kind="local", path=layout.root / TEACHER, load="fp32")
     for distill_settings, faults in (({}, 1), (ALIGNED, 0)):
         config = configured(submodel={"checkpoint": own}, distill=distill_settings)
         config = config.model_copy(update={"teacher": teacher})
