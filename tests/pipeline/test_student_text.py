@@ -37,6 +37,7 @@ from pipeline.distillation.vocabulary import token_pieces
 from pipeline.plan import require_checkpoints
 from pipeline.settings import CheckpointTeacher, Config
 from pipeline.stages import distill, targets
+from pipeline.stages.evaluate import gate_reasons
 from tests.pipeline.conftest import TEXTS, VOCABULARY, MakeModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "tie_word_embeddings": True}
@@ -185,6 +186,28 @@ def test_positions_inside_a_token_that_fell_to_pieces_do_not_count() -> None:
             replace(before, draws=np.full_like(draws, 2)), [(0,), (1,), (0,), (1, 1)], np.array([0, 1, -1, -1]),
             np.array([1, 2], np.int32),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kl", "scratch_kl", "perplexity_scratch", "reason"),
+    [
+        (0.4, 0.5, 10.0, None),
+        (0.5, 0.5, 30.0, "KL to the teacher 0.5, from scratch 0.5: not better"),
+        (None, None, 30.0, None),
+        (None, None, 20.0, "perplexity 20.0, from scratch 20.0: not better"),
+        (None, None, None, "perplexity 20.0, from scratch None: not better"),
+    ],
+)
+def test_without_a_divergence_the_gate_compares_perplexities(
+    kl: float | None, scratch_kl: float | None, perplexity_scratch: float | None, reason: str | None
+) -> None:
+    figures = {"perplexity": 20.0, "top1_to_fp": 1.0, "weight_bytes": 1}
+    result = {
+        "packages": {"onnx": figures}, "fp16_weight_bytes": 100, "perplexity_fp": 20.0, "kl_to_teacher": kl,
+        "kl_to_teacher_from_scratch": scratch_kl, "perplexity_from_scratch": perplexity_scratch,
+    }  # fmt: skip
+    gate = configured(gate={"beats_from_scratch": True}).gate
+    assert gate_reasons(result, gate) == ([] if reason is None else [reason])
 
 
 def test_bits_a_byte_do_not_depend_on_how_text_is_cut() -> None:
