@@ -41,19 +41,15 @@ from pipeline.stages.evaluate import gate_reasons
 from tests.pipeline.conftest import TEXTS, VOCABULARY, MakeModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "tie_word_embeddings": True}
-QUICK = (
-    "experiment=ci", "distill.sequence_tokens=16", "distill.target_tokens=640", "distill.steps=2", "distill.draws=16",
-    "runtime.evaluation_sequences=6",
-)  # fmt: skip
+QUICK = ("experiment=ci", "distill.sequence_tokens=16", "distill.target_tokens=640", "distill.steps=2",
+         "distill.draws=16", "runtime.evaluation_sequences=6")  # fmt: skip
 TEACHER = "checkpoint_of_the_teacher"
 ALIGNED = {"loss": "aligned", "signal": "online"}
 CUT, RARE = 280, VOCABULARY - 2  # tokens: bytes, and a few words; one that is kept for its name alone
 
 
 @pytest.fixture(scope="module")
-def layout(
-    tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, tokenizer: Tokenizer
-) -> Layout:  # fmt: skip
+def layout(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, tokenizer: Tokenizer) -> Layout:
     """What distill needs: a corpus, a teacher with sharp opinions, its targets."""
     layout = Layout(tmp_path_factory.mktemp("run"))
     layout.corpus.mkdir(parents=True)
@@ -292,7 +288,7 @@ def test_a_trimmed_student_is_an_ordinary_checkpoint_and_the_next_is_cut_from_it
 
 def test_a_checkpoint_with_another_tokenizer_reads_the_corpus_in_its_own_tokens(layout: Layout, own: Path) -> None:
     metrics = distilled(layout, configured(submodel={"checkpoint": own}, distill=ALIGNED), "own")
-    assert (metrics["kl_to_teacher"], metrics["kept_share"]) == (None, None) and metrics["bits_per_byte"] > 0
+    assert metrics["kl_to_teacher"] is None is metrics["kept_share"] and metrics["bits_per_byte"] > 0
     tokenizer = AutoTokenizer.from_pretrained(layout.student("own"), local_files_only=True)
     for side in ("train", "held_out"):
         found, like = (np.load(folder / f"{side}.npy") for folder in (layout.sequences("own"), layout.targets))
@@ -336,14 +332,11 @@ def test_what_does_not_go_together_is_one_line_before_any_work(layout: Layout, o
     with pytest.raises(UserError, match=r"^submodel\.vocab_coverage, vocab_size: got 'given, and .*its own', allowed"):
         require_checkpoint(own, layout.root / TEACHER, config.submodel, aligned=True)
     teacher = CheckpointTeacher(kind="local", path=layout.root / TEACHER, load="fp32")
-    for distill_settings, faults in (({}, 1), (ALIGNED, 0)):
-        config = configured(submodel={"checkpoint": own}, distill=distill_settings)
-        config = config.model_copy(update={"teacher": teacher})
-        if faults:
-            with pytest.raises(UserError, match=r"tokenizer of its own', .*; choose distill\.loss=aligned"):
-                require_checkpoints([configured(), config])
-        else:
-            require_checkpoints([configured(), config])
+    by_ids, by_words = (configured(submodel={"checkpoint": own}, distill=loss) for loss in ({}, ALIGNED))
+    by_ids, by_words = (each.model_copy(update={"teacher": teacher}) for each in (by_ids, by_words))
+    require_checkpoints([configured(), by_words])
+    with pytest.raises(UserError, match=r"tokenizer of its own', .*; choose distill\.loss=aligned"):
+        require_checkpoints([configured(), by_ids])
     with pytest.raises(UserError, match=r"^submodel\.checkpoint: got "):
         require_checkpoints([configured(submodel={"checkpoint": tmp_path})])
     with pytest.raises(UserError, match=r"^held-out text: got .*held_out\.npy', allowed: a file that stage=targets"):
