@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     from pipeline.artifacts import Layout
     from pipeline.config import config_digest, load_configs
     from pipeline.flow import ADAPTER, GATE, STAGES, execute, planned
-    from pipeline.plan import print_plan, require_resources, require_sources
+    from pipeline.plan import print_plan, require_checkpoints, require_resources, require_sources
     from pipeline.summary import print_summary
 
     configs = load_configs(arguments)
@@ -92,6 +92,7 @@ def _run(arguments: list[str]) -> int:
         _refuse_stage(first.stage)
     if first.stage is None:
         require_sources(first)
+        require_checkpoints(configs.values())
     if first.dry_run:
         print_plan(chosen, configs, layout, with_dvc=in_place and first.stage is None)
         return 0

@@ -46,6 +46,19 @@ class Layout:
         """Hugging Face checkpoint of one student."""
         return self.root / "artifacts" / "students" / submodel
 
+    def tokenizer(self, submodel: str) -> Path:
+        """Folder of tokenizer.json and chat_template.jinja of a distilled submodel: its own or the teacher's.
+
+        A submodel with a vocabulary of its own holds its tokenizer beside its weights, as checkpoints do.
+        """
+        student = self.student(submodel)
+        return student if (student / "tokenizer.json").is_file() else self.teacher
+
+    def sequences(self, submodel: str) -> Path:
+        """Folder of train.npy and held_out*.npy in the ids of a distilled submodel: its own or the teacher's."""
+        own = self.student(submodel) / "targets"
+        return own if own.is_dir() else self.targets
+
     def weights(self, submodel: str) -> Path:
         """Codes and scales."""
         return self.root / "artifacts" / "weights" / submodel

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from edge_runtime.formats.errors import ConfigError, UserError
-from pipeline.distillation.chain import ChainStep, Link, plan_chain
+from pipeline.distillation.chain import ChainStep, Link, plan_chain, require_vocabularies
 from pipeline.settings import Config
 
 _VARIANTS = {"from_scratch", "local", "hub", "pairs", "python_docs", "python_packages"}  # of teacher and data
@@ -60,8 +60,12 @@ def family_chain(members: dict[str, Config]) -> tuple[ChainStep, ...]:
         ConfigError: They are no chain.
     """
     submodels = [config.submodel for config in members.values()]
+    links = [Link(each.name, each.cut_from, each.checkpoint, each.learns_from, each.trims) for each in submodels]
+    aligned = any(config.distill.loss == "aligned" for config in members.values())
     try:
-        return plan_chain([Link(each.name, each.cut_from, each.checkpoint, each.learns_from) for each in submodels])
+        steps = plan_chain(links)
+        require_vocabularies(links, aligned=aligned)
+        return steps
     except UserError as error:
         raise ConfigError(str(error)) from None
 

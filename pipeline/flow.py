@@ -79,6 +79,7 @@ _FORMATS = "edge_runtime/formats"
 REFERENCE = "assets/reference_teacher"
 _MODELS = ("pipeline/distillation", _FORMATS)
 _STUDENT_LOGITS = "pipeline/distillation/recording.py"
+_PACKING = tuple(f"pipeline/data/{name}.py" for name in ("packing", "encoding", "chat_template"))
 STAGES = {
     stage.name: stage
     for stage in (
@@ -100,8 +101,8 @@ STAGES = {
         Stage(
             "distill",
             ("submodel", "distill", "seed", "threads"),
-            _MODELS,
-            ("teacher", "targets"),
+            (*_MODELS, *_PACKING),
+            ("clean", "teacher", "targets"),
             "artifacts/students/{}",
         ),
         Stage(
@@ -299,7 +300,11 @@ def _larger_students(stage: Stage, config: Config, layout: Layout) -> list[Path]
 
 def _external(stage: Stage, config: Config) -> list[str]:
     """Files outside the project that a stage reads, as name, size and time of change."""
-    roots = {"clean": config.data.path, "teacher": getattr(config.teacher, "path", None)}
+    roots = {
+        "clean": config.data.path,
+        "teacher": getattr(config.teacher, "path", None),
+        "distill": config.submodel.checkpoint,
+    }
     root = roots.get(stage.name)
     if root is None or not located(root).exists():
         return []

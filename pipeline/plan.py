@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_runtime.formats.errors import UserError
-from pipeline.artifacts import PROJECT, Layout, require_disk
+from pipeline.artifacts import PROJECT, Layout, located, require_disk
 from pipeline.config import family_chain
 from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
 from pipeline.distillation.chain import describe_chain
@@ -103,6 +103,29 @@ def require_sources(config: Config) -> None:
     if isinstance(config.data, DataConfig) and config.data.path is not None:
         document_files(config.data.path)
     require_legacy_python(config)
+
+
+def require_checkpoints(configs: Iterable[Config]) -> None:
+    """Refuse checkpoints that submodels cannot start from, before anything is done.
+
+    Whether a tokenizer is the teacher's is known now where the teacher is a folder, else when it is distilled.
+
+    Raises:
+        UserError: One of them cannot be used; the message names it.
+    """
+    for config in configs:
+        if config.submodel.checkpoint is None:
+            continue
+        from pipeline.distillation.checkpoint_files import read_config
+        from pipeline.distillation.student_text import require_checkpoint
+        from pipeline.distillation.teachers import resolve_checkpoint
+
+        path = located(config.submodel.checkpoint)
+        if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
+            aligned = config.distill.loss == "aligned"
+            require_checkpoint(path, resolve_checkpoint(config.teacher), config.submodel, aligned=aligned)
+        else:
+            read_config(path, "submodel.checkpoint")
 
 
 def require_resources(chosen: Chosen, configs: Mapping[str, Config], layout: Layout) -> None:

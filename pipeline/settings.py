@@ -120,6 +120,13 @@ class SubmodelConfig(_Strict):
     cut_from: Name = "teacher"
     learns_from: Name = "teacher"
     checkpoint: Path | None = None
+    vocab_coverage: Ratio | None = None
+    vocab_size: Annotated[int, Field(ge=256)] | None = None
+
+    @property
+    def trims(self) -> bool:
+        """Whether a part of the vocabulary is dropped."""
+        return self.vocab_coverage is not None or self.vocab_size is not None
 
     @model_validator(mode="after")
     def _check(self) -> SubmodelConfig:
@@ -144,7 +151,7 @@ class DistillConfig(_Strict):
     checkpoint_every_steps: Count
     from_scratch_baseline: bool
     signal: Literal["stored", "online"]
-    loss: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd"]
+    loss: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "aligned"]
     temperature: Annotated[float, Field(gt=0, le=100)]
     beta: Annotated[float, Field(ge=0, le=1)]
     skew: Annotated[float, Field(ge=0, lt=1)]
@@ -163,6 +170,8 @@ class DistillConfig(_Strict):
             raise ValueError("target_tokens must hold one batch (sequence_tokens x batch_sequences)")
         if self.signal == "stored" and (self.loss, self.temperature) != ("forward_kl", 1.0):
             raise ValueError("stored draws teach forward_kl at temperature 1; with another loss choose signal=online")
+        if self.loss == "aligned" and self.temperature != 1.0:
+            raise ValueError("aligned compares at temperature 1; leave temperature out")
         return self
 
 

@@ -200,8 +200,8 @@ def _entry(family: Family, name: str, packages_dir: Path, config_hash: str) -> _
         "config_hash": config_hash,
         "gate": "passed" if passed else "failed",
         "package": _package_digest(packages_dir / name) if passed else "refused",
-        # Divergences compare only when teacher and text are the same.
-        "yardstick": _digest([dataset, family.get("teacher")]),
+        # Divergences compare only when teacher, text and what counts of its draws are the same.
+        "yardstick": _digest([dataset, family.get("teacher"), figures.get("kept_share")]),
     }
     return _Entry(name, figures, dataset, packages_dir / name if passed else None, tags)
 
@@ -287,7 +287,8 @@ def _assign_aliases(client: Any, entry: _Entry, version: int) -> bool:
         tags = client.get_model_version(name, holder).tags
         if tags.get("yardstick") != entry.tags["yardstick"]:
             return False
-        if not entry.figures["kl_to_teacher"] < float(tags["kl_to_teacher"]):
+        found, best = entry.figures["kl_to_teacher"], tags["kl_to_teacher"]
+        if "None" in (str(found), best) or not found < float(best):  # a tokenizer of its own leaves no KL
             return False
     client.set_registered_model_alias(name, "champion", str(version))
     return True

@@ -8,8 +8,6 @@ probabilities: Universal Logit Distillation (arXiv 2402.12030), and its hybrid i
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,12 +23,12 @@ from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch, LossSum, to_device
 from pipeline.distillation.objectives import hidden_and_head
 from pipeline.distillation.signals import checked_head, head_logits, last_hidden
+from pipeline.distillation.token_bytes import TokenBytes, TokenKind, token_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_Named = dict[tuple[str, bytes], int]
-_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+_Named = dict[TokenBytes, int]
 _SMALLEST = 1e-8  # probabilities under the logarithm, as in TRL
 
 
@@ -271,7 +269,8 @@ def _pairs(mine: _Named, theirs: _Named, my_eos: int, their_eos: int) -> list[tu
     """One to one, in the order of the first."""
     pairs = {my_eos: their_eos}
     taken = {their_eos}
-    bytes_as_text = [(("byte", bytes([value])), ("text", bytes([value]))) for value in range(256)]
+    values = [bytes([value]) for value in range(256)]
+    bytes_as_text = [(TokenBytes(TokenKind.BYTE, value), TokenBytes(TokenKind.TEXT, value)) for value in values]
     names = [(name, name) for name in mine.keys() & theirs.keys()]
     for name, other in [*names, *bytes_as_text, *((text, byte) for byte, text in bytes_as_text)]:
         first, second = mine.get(name), theirs.get(other)
@@ -282,30 +281,11 @@ def _pairs(mine: _Named, theirs: _Named, my_eos: int, their_eos: int) -> list[tu
 
 
 def _named_tokens(side: TextTokens) -> _Named:
-    """Ids by what they stand for: text, a byte as such, or something special."""
-    decoder = json.dumps(json.loads(side.tokenizer.to_str())["decoder"])
-    letters = _byte_letters() if "ByteLevel" in decoder else None
-    marks_spaces = "\\u2581" in decoder or "Metaspace" in decoder
-    special = {token.content for token in side.tokenizer.get_added_tokens_decoder().values() if token.special}
+    """The first id of what stands for the same."""
     named: _Named = {}
-    for token, id in sorted(side.tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
-        if token in special:
-            name = ("special", token.encode())
-        elif letters is not None and set(token) <= letters.keys():
-            name = ("text", bytes(letters[letter] for letter in token))
-        elif _BYTE_TOKEN.fullmatch(token):
-            name = ("byte", bytes.fromhex(token[3:5]))
-        else:
-            name = ("text", (token.replace("\u2581", " ") if marks_spaces else token).encode())
+    for id, name in token_bytes(side.tokenizer).items():
         named.setdefault(name, id)
     return named
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write bytes with: printable ones stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _jsd(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:

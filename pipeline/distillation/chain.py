@@ -37,12 +37,14 @@ class Link:
         cut_from: What it is cut from: ``teacher`` or the name of another submodel.
         checkpoint: An existing small checkpoint to start from instead.
         learns_from: Whose distribution it learns: ``teacher`` or the name of another submodel.
+        trims: Whether it keeps a part of the vocabulary only.
     """
 
     name: str
     cut_from: str = TEACHER
     checkpoint: Path | None = None
     learns_from: str = TEACHER
+    trims: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,33 @@ def plan_chain(links: Sequence[Link]) -> tuple[ChainStep, ...]:
             ready.name, start, initialiser, ready.checkpoint, ready.learns_from, needs[ready.name], depth
         )
     return tuple(steps.values())
+
+
+def require_vocabularies(links: Sequence[Link], *, aligned: bool) -> None:
+    """Refuse submodels whose ids could not be compared; tokenizers of checkpoints are compared when they are read.
+
+    Args:
+        links: What ``plan_chain`` took.
+        aligned: Whether the loss compares words, and not ids.
+
+    Raises:
+        UserError: Naming the submodel and the setting.
+    """
+    by_name = {link.name: link for link in links}
+    for link in links:
+        inherited = _trimmed_by(link.cut_from, by_name)
+        if link.trims and inherited is not None:
+            raise UserError(
+                f"submodel {link.name}: vocab_coverage, vocab_size", f"given, and cut from {link.cut_from}",
+                f"one trimming: {inherited} has its vocabulary trimmed already", "leave them out, or cut from another",
+            )  # fmt: skip
+        other = _trimmed_by(link.learns_from, by_name)
+        if not aligned and other not in (None, _trimmed_by(link.name, by_name)):
+            raise UserError(
+                f"submodel {link.name}: learns_from", link.learns_from,
+                f"one with all of the teacher's tokens, or the same ones: {other} has its vocabulary trimmed",
+                "name another, or choose distill.loss=aligned, which compares words",
+            )  # fmt: skip
 
 
 def require_shrinking(steps: Sequence[ChainStep], shapes: Mapping[str, StudentShape]) -> None:
@@ -166,6 +195,13 @@ def _require_names(links: Sequence[Link], by_name: Mapping[str, Link]) -> None:
 def _needs(link: Link, links: Sequence[Link]) -> tuple[str, ...]:
     wanted = {link.learns_from} | ({link.cut_from} if link.checkpoint is None else set())
     return tuple(other.name for other in links if other.name in wanted)
+
+
+def _trimmed_by(name: str, by_name: Mapping[str, Link]) -> str | None:
+    """The submodel whose trimming ``name`` has, its own or that of what it is cut from."""
+    while name != TEACHER and not by_name[name].trims and by_name[name].checkpoint is None:
+        name = by_name[name].cut_from
+    return name if name != TEACHER and by_name[name].trims else None
 
 
 def _cycle(needs: Mapping[str, tuple[str, ...]], done: Mapping[str, ChainStep]) -> str:

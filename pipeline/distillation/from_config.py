@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.distillation.aligned_signal import AlignedLoss
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings
 from pipeline.distillation.trainer import TrainPlan, computes_bf16
@@ -43,10 +44,13 @@ def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: 
     )
 
 
-def loss_settings(config: Config) -> LossSettings:
+def loss_settings(config: Config) -> LossSettings | AlignedLoss:
     """The loss against the teacher; stored draws have one only, the unbiased estimate of the forward KL."""
     distill = config.distill
-    kind = LossKind.SAMPLED_KL if distill.signal == "stored" else LossKind(distill.loss)
+    if distill.loss == "aligned":
+        return AlignedLoss(distill.beta, chunk_positions=distill.chunk_tokens)
+    stored = distill.signal == "stored" and config.submodel.learns_from == "teacher"
+    kind = LossKind.SAMPLED_KL if stored else LossKind(distill.loss)
     return LossSettings(
         kind, temperature=distill.temperature, beta=distill.beta, skew=distill.skew, chunk_tokens=distill.chunk_tokens
     )

@@ -8,6 +8,7 @@ loss compares them, over words instead of ids.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.checkpoint_files import read_config, require_finite, tensor_files, tensor_shape
+from pipeline.distillation.vocabulary import TrimmedVocabulary, remap_token_ids
 
 _FIELD = "submodel.checkpoint"
 
@@ -107,6 +109,22 @@ def load_initial_student(student: InitialStudent, vocab_size: int | None = None)
     return model
 
 
+@torch.no_grad()
+def keep_rows(model: Any, vocabulary: TrimmedVocabulary) -> None:
+    """Cut embedding and head of a model down to a trimmed vocabulary, and renumber the ids that its settings name.
+
+    Raises:
+        UserError: The model has other rows than the vocabulary was cut from, or names a token that was dropped.
+    """
+    if model.config.vocab_size != len(vocabulary.new_ids):
+        raise UserError("vocabulary", len(vocabulary.new_ids), f"the {model.config.vocab_size} rows of the model")
+    rows = torch.from_numpy(vocabulary.kept_ids)
+    for named in (model.config, model.generation_config):
+        for key, value in remap_token_ids(named.to_dict(), vocabulary).items():
+            setattr(named, key, value)
+    _replace_rows(model, lambda weight: weight[rows])
+
+
 def compare_tokenizers(student: str, teacher: str) -> tuple[VocabularyMatch, int]:
     """How two tokenizers (texts of tokenizer.json) stand to each other, and how many first ids they share.
 
@@ -164,13 +182,20 @@ def _meaning(text: str) -> dict[str, Any]:
     return {"tokens": tokens, "splitting": splitting}
 
 
-@torch.no_grad()
 def _resize(model: Any, vocab_size: int) -> None:
+    def resized(weight: torch.Tensor) -> torch.Tensor:
+        rows = weight[:vocab_size]
+        return torch.cat([rows, weight.mean(dim=0, keepdim=True).expand(vocab_size - len(rows), -1)])
+
+    _replace_rows(model, resized)
+
+
+@torch.no_grad()
+def _replace_rows(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tied = model.config.tie_word_embeddings
     for layer in (model.model.embed_tokens,) if tied else (model.model.embed_tokens, model.lm_head):
-        rows = layer.weight[:vocab_size]
-        added = layer.weight.mean(dim=0, keepdim=True).expand(vocab_size - len(rows), -1)
-        layer.weight = torch.nn.Parameter(torch.cat([rows, added]).clone())
-    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = vocab_size
+        layer.weight = torch.nn.Parameter(change(layer.weight).clone())
+    size = len(model.model.embed_tokens.weight)
+    model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = size
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -57,15 +57,16 @@ def count_ids(sequences: NDArray[np.integer[Any]], vocab_size: int) -> Ids:
 
 
 def choose_ids(
-    tokenizer: str, counts: Ids, *, vocab_size: int | None = None, coverage: float = 1.0, always: Iterable[int] = ()
-) -> Ids:
+    tokenizer: str, counts: Ids, *, vocab_size: int | None = None, coverage: float | None = None,
+    always: Iterable[int] = (),
+) -> Ids:  # fmt: skip
     """Ids to keep, in their old order: bytes and added tokens, then the most frequent with all they are built through.
 
     Args:
         tokenizer: The text of tokenizer.json.
         counts: Occurrences (V,) of each id in the corpus; rows beyond the tokenizer are never kept.
-        vocab_size: Most tokens; filled with unused tokens in the order of their ids. None: ``coverage`` alone decides.
-        coverage: Share (0..1) of all occurrences after which no more tokens are taken, where ``vocab_size`` is None.
+        vocab_size: Most tokens; without ``coverage`` filled with unused tokens in the order of their ids.
+        coverage: Share (0..1) of all occurrences after which no more tokens are taken; None with no ``vocab_size``: 1.
         always: Ids that must stay, as those which config.json names.
 
     Raises:
@@ -80,12 +81,13 @@ def choose_ids(
     budget = len(strings.keys() | added) if vocab_size is None else vocab_size
     if len(kept) > budget:
         raise UserError("submodel.vocab_size", vocab_size, f"at least {len(kept)} (bytes, added tokens, their parts)")
-    if not 0 < coverage <= 1:
+    if coverage is not None and not 0 < coverage <= 1:
         raise UserError("coverage", coverage, "above 0, at most 1")
-    wanted = counts.sum() * coverage
+    fills = coverage is None and vocab_size is not None
+    wanted = counts.sum() * (1.0 if coverage is None else coverage)
     covered = int(counts[[index for index in kept if index < len(counts)]].sum())
     for index in np.argsort(-counts, kind="stable").tolist():
-        if len(kept) == budget or (vocab_size is None and covered >= wanted):
+        if len(kept) == budget or (covered >= wanted and not fills):
             break
         if index in kept or index not in strings:
             continue
@@ -184,15 +186,15 @@ def write_tokenizer(source: Path, output: Path, vocabulary: TrimmedVocabulary) -
         values = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
         text = json.dumps(values | remap_token_ids(values, vocabulary), indent=2) + "\n"
         (output / "generation_config.json").write_text(text, encoding="utf-8")
-    if (source / "tokenizer_config.json").is_file():
-        values = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-        # Classes named after a family may build their tokenizer from other files; this one reads tokenizer.json.
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if "added_tokens_decoder" in values:
-            decoder = values["added_tokens_decoder"].items()
-            values["added_tokens_decoder"] = {str(vocabulary.new_ids[int(old)]): token for old, token in decoder}
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        (output / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    path = source / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # Classes named after a family may build their tokenizer from other files; this one reads tokenizer.json.
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "added_tokens_decoder" in values:
+        decoder = values["added_tokens_decoder"].items()
+        values["added_tokens_decoder"] = {str(vocabulary.new_ids[int(old)]): token for old, token in decoder}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (output / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _read_tokenizer(text: str) -> dict[str, Any]:

@@ -80,8 +80,10 @@ def _quality(submodel: Mapping[str, Any], rows: Sequence[PackageRow]) -> list[st
         ("before 4 bits", "value"),
         (
             ("perplexity", format_significant(submodel.get("perplexity_fp"))),
+            ("bits a byte of the text", format_significant(submodel.get("bits_per_byte_fp"))),
             ("KL to the teacher, nats a token", format_divergence(submodel.get("kl_to_teacher"))),
             ("the same size trained from scratch", format_divergence(submodel.get("kl_to_teacher_from_scratch"))),
+            ("of the teacher's draws counted, %", format_percent(submodel.get("kept_share"))),
             ("fp16 weights, MB", format_megabytes(submodel["fp16_weight_bytes"])),
         ),
     )
@@ -111,6 +113,7 @@ def _training(family: Family) -> list[str]:
     facts = [
         ("teacher parameters", format_count(teacher.get("params"))),
         ("teacher perplexity", format_significant(teacher.get("perplexity"))),
+        ("teacher bits a byte", format_significant(teacher.get("bits_per_byte"))),
         *((key.replace("_", " "), _value(value)) for key, value in (family.get("dataset") or {}).items()),
     ]
     note = "Held-out documents are chosen by a hash; nothing that was trained or calibrated in this run has seen them."

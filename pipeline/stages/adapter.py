@@ -251,7 +251,7 @@ def _held_out(settings: AdapterSettings, context: AdapterContext, package: Packa
 
 
 def _stored(context: AdapterContext, name: str) -> NDArray[np.int32]:
-    path = context.layout.targets / name
+    path = context.layout.sequences(context.submodel) / name
     if not path.is_file():
         raise UserError("adapter.text", str(path), "the sequences of a finished run", "run python -m pipeline first")
     tokens: NDArray[np.int32] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import StageRun, read_json, write_json
-from pipeline.distillation.scoring import agreement, kl_from_draws
+from pipeline.distillation.scoring import HeldOut, agreement
 from pipeline.export.assembly import WEIGHTS_FILE, legacy_python, trial_package
 from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import run_bench, run_edge
@@ -42,12 +42,16 @@ def run(run: StageRun) -> None:
             figures, samples[container] = _measure(run, package, container)
             packages[container] = {**exported[container], **figures}
             report(done, container)
+    scratch = distilled.get("from_scratch", {})
     result = {
         "params": quantized["params"],
         "fp16_weight_bytes": quantized["fp16_weight_bytes"],
         "perplexity_fp": distilled["perplexity"],
+        "perplexity_from_scratch": scratch.get("perplexity"),
+        "bits_per_byte_fp": distilled["bits_per_byte"],
         "kl_to_teacher": distilled["kl_to_teacher"],
-        "kl_to_teacher_from_scratch": distilled.get("from_scratch", {}).get("kl_to_teacher"),
+        "kl_to_teacher_from_scratch": scratch.get("kl_to_teacher"),
+        "kept_share": distilled["kept_share"],
         "packages": packages,
         "samples": samples,
     }
@@ -74,20 +78,25 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
             reasons.append(f"{container}: weights {share:.4f} of fp16, allowed {limits[container]}")
     if not set(gate.containers) & set(result["packages"]):
         reasons.append(f"none of the gated containers was made: {', '.join(gate.containers)}")
-    scratch = result["kl_to_teacher_from_scratch"]
-    if gate.beats_from_scratch and (scratch is None or result["kl_to_teacher"] >= scratch):
-        reasons.append(f"KL to the teacher {result['kl_to_teacher']}, from scratch {scratch}: not better")
+    if gate.beats_from_scratch:
+        # A tokenizer of its own leaves no KL to the teacher; text is the same for both.
+        name, key = ("KL to the teacher", "kl_to_teacher")
+        if result["kl_to_teacher"] is None:
+            name, key = ("perplexity", "perplexity_fp")
+        found, scratch = result[key], result[f"{key.removesuffix('_fp')}_from_scratch"]
+        if scratch is None or found >= scratch:
+            reasons.append(f"{name} {found}, from scratch {scratch}: not better")
     return reasons
 
 
-def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, float], str]:
+def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, float | None], str]:
     """Score, time and sample one container."""
-    config, targets = run.config, run.layout.targets
+    config, folder_of_text = run.config, run.layout.sequences(run.submodel)
     python = legacy_python(config) if container == "tflite_legacy" else Path(sys.executable)
     threads = config.runtime.threads
-    sequences = np.load(targets / "held_out.npy")[:, : config.export.context_tokens]
+    held_out = HeldOut.open(folder_of_text, config.export.context_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "tokens.npy", sequences)
+        np.save(Path(folder) / "tokens.npy", held_out.tokens)
         logits = Path(folder) / "logits.npy"
         prompt = min(_BENCH_PROMPT_TOKENS, config.export.context_tokens // 4)
         tokens = min(config.runtime.bench_tokens, config.export.context_tokens - prompt)
@@ -97,7 +106,7 @@ def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, fl
                        "--score", f"{folder}/tokens.npy", "--logits-out", str(logits)],
         )  # fmt: skip
         found = np.load(logits, mmap_mode="r", allow_pickle=False)
-        quality = _quality(run, sequences, found)
+        quality = _quality(run, held_out, found)
     sample = run_edge(
         python, "generate", package, container, threads=threads,
         arguments=["--prompt", config.runtime.prompt, "--max-tokens", str(config.runtime.max_tokens), "--temperature",
@@ -109,21 +118,22 @@ def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, fl
         "load_s": round(measured["load_s"], 4),
         "peak_rss_bytes": measured["peak_rss_bytes"],
     }
-    return {**quality, "perplexity": round(measured["perplexity"], 4), **speed}, sample["text"]
+    quality["perplexity"] = round(measured["perplexity"], 4)
+    quality["bits_per_byte"] = round(held_out.bits_per_byte(measured["perplexity"]), 4)
+    return {**quality, **speed}, sample["text"]
 
 
-def _quality(run: StageRun, sequences: NDArray[np.int32], found: NDArray[np.float32]) -> dict[str, float]:
+def _quality(run: StageRun, held_out: HeldOut, found: NDArray[np.float32]) -> dict[str, float | None]:
     from pipeline.distillation.recording import model_logits
 
-    targets, length = run.layout.targets, sequences.shape[1]
     student = load_student(run.layout.student(run.submodel))
-    to_fp = agreement(model_logits(student, sequences), _rows(found))
-    draws, log_p, top1 = (np.load(targets / f"held_out_{name}.npy")[:, :length] for name in ("draws", "log_p", "top1"))
+    to_fp = agreement(model_logits(student, held_out.tokens), _rows(found))
+    kl, top1 = held_out.kl(_rows(found)), held_out.top1_share(found.argmax(axis=-1))
     return {
         "kl_to_fp": round(to_fp.kl, 6),
         "top1_to_fp": round(to_fp.top1, 6),
-        "kl_to_teacher": round(kl_from_draws(_rows(found), draws, log_p), 6),
-        "top1_to_teacher": round(float((found.argmax(axis=-1) == top1).mean()), 6),
+        "kl_to_teacher": None if kl is None else round(kl, 6),
+        "top1_to_teacher": None if top1 is None else round(top1, 6),
     }
 
 

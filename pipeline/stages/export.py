@@ -72,8 +72,9 @@ def _write_common(run: StageRun) -> None:
 
     spec, _ = load_weights(run.layout.weights(run.submodel) / WEIGHTS_FILE)
     model_config = AutoConfig.from_pretrained(run.layout.student(run.submodel), local_files_only=True)
-    shutil.copy2(run.layout.teacher / "tokenizer.json", run.output / "tokenizer.json")
-    if (template := run.layout.teacher / CHAT_TEMPLATE_FILE).exists():
+    tokenizer = run.layout.tokenizer(run.submodel)
+    shutil.copy2(tokenizer / "tokenizer.json", run.output / "tokenizer.json")
+    if (template := tokenizer / CHAT_TEMPLATE_FILE).exists():
         shutil.copy2(template, run.output / CHAT_TEMPLATE_FILE)
     bos = model_config.bos_token_id if isinstance(model_config.bos_token_id, int) else None
     exported = {"decoder": spec.to_dict(), "bos": bos, "eos": eos_ids(model_config)}
@@ -163,7 +164,7 @@ def _train_step_errors(
 
 def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
     """(S, T) held-out tokens with at least ``parity_positions`` positions."""
-    held_out = np.load(run.layout.targets / "held_out.npy")
+    held_out = np.load(run.layout.sequences(run.submodel) / "held_out.npy")
     length = min(held_out.shape[1], run.config.export.parity_positions)
     tokens: NDArray[np.int32] = held_out[: -(-run.config.export.parity_positions // length), :length]
     return tokens

@@ -53,6 +53,7 @@ def family_facts(run: StageRun) -> dict[str, Any]:
             "origin": teacher["origin"],
             "params": targets["params"],
             "perplexity": targets["perplexity"],
+            "bits_per_byte": targets["bits_per_byte"],
         },
         "dataset": {
             "source": run.config.data.source,

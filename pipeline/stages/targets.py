@@ -1,7 +1,8 @@
 """targets: run the teacher once; store what every student needs of it.
 
 train.npy, held_out.npy: token sequences (S, T); train_counts.npy: which of their positions are learned. train/: the
-teacher's draws, in shards. held_out_draws.npy, held_out_log_p.npy, held_out_top1.npy: what quality is measured against.
+teacher's draws, in shards. held_out_draws.npy, held_out_log_p.npy, held_out_top1.npy: what quality is measured against;
+held_out_bytes.npy: bytes of text that each token stands for.
 importance.safetensors: the pruning scores.
 """
 
@@ -23,11 +24,14 @@ _IMPORTANCE_BATCH = 4
 
 def run(run: StageRun) -> None:
     """Write the token sequences, the stored teacher signal and the importance scores."""
+    from tokenizers import Tokenizer
+
     from pipeline.distillation.fast_layers import hasten_teacher
     from pipeline.distillation.from_config import uses_bf16
     from pipeline.distillation.recording import record_draws
     from pipeline.distillation.stored_targets import record_targets
     from pipeline.distillation.teachers import load_checkpoint, read_source
+    from pipeline.distillation.token_bytes import text_bytes
     from pipeline.distillation.trainer import discard_checkpoint
 
     config = run.config
@@ -51,6 +55,8 @@ def run(run: StageRun) -> None:
     (run.checkpoint / "train").replace(run.output / "train")
     for path in run.checkpoint.glob("*.npy"):
         path.replace(run.output / path.name)
+    sizes = text_bytes(Tokenizer.from_file(str(run.layout.teacher / "tokenizer.json")), teacher.config.vocab_size)
+    np.save(run.output / "held_out_bytes.npy", sizes[held_out])
     discard_checkpoint(run.checkpoint)
     write_json(run.layout.metrics("targets"), _metrics(run, teacher, train, held_out))
 
@@ -97,12 +103,14 @@ def _save_importance(run: StageRun, teacher: Any, train: NDArray[np.int32]) -> N
 
 def _metrics(run: StageRun, teacher: Any, train: NDArray[np.int32], held_out: NDArray[np.int32]) -> dict[str, Any]:
     from pipeline.distillation.recording import model_logits
-    from pipeline.distillation.scoring import perplexity
+    from pipeline.distillation.scoring import HeldOut, perplexity
 
+    found = perplexity(model_logits(teacher, held_out), held_out)
     stored = sum(path.stat().st_size for path in (run.output / "train").glob("*.targets"))
     return {
         "params": sum(parameter.numel() for parameter in teacher.parameters()),
-        "perplexity": round(perplexity(model_logits(teacher, held_out), held_out), 4),
+        "perplexity": round(found, 4),
+        "bits_per_byte": round(HeldOut.open(run.output).bits_per_byte(found), 4),
         "train_tokens": train.size,
         "held_out_tokens": held_out.size,
         "draws": run.config.distill.draws,

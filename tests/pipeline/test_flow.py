@@ -89,7 +89,8 @@ class TestExecute:
             for stage in ("clean", "teacher", "targets"):
                 if not run.layout.metrics(stage).exists():
                     write_json(run.layout.metrics(stage), {})
-            write_json(run.layout.metrics("distill", run.submodel), {})
+            for stage in ("distill", "quantize"):
+                write_json(run.layout.metrics(stage, run.submodel), {})
 
         monkeypatch.setattr(flow, "import_module", lambda _name: type("Module", (), {"run": staticmethod(run)}))
         monkeypatch.setattr(flow, "prepare_process", lambda _stage, _config: None)
@@ -117,12 +118,13 @@ class TestExecute:
         self, ran: list[str], config: Config, tmp_path: Path
     ) -> None:
         layout = Layout(tmp_path)
-        chain = [STAGES[name] for name in ("clean", "teacher", "targets", "distill")]
+        chain = [STAGES[name] for name in ("clean", "teacher", "targets", "distill", "quantize")]
         _run_all(chain, config, layout)
         execute(STAGES["clean"], config, layout, force=True)
         assert not _run_all(chain, config, layout), "the same bytes again"
         execute(STAGES["clean"], config.model_copy(update={"seed": 1}), layout, force=True)
-        assert _run_all(chain[1:], config, layout) == ["teacher", "targets"], "these gave the same bytes as before"
+        read_it = ["teacher", "targets", "distill"]
+        assert _run_all(chain[1:], config, layout) == read_it, "these gave the same bytes as before"
 
     def test_an_output_that_something_else_changed_is_made_again(
         self, ran: list[str], config: Config, tmp_path: Path

@@ -128,20 +128,24 @@ def test_champion_downloads_as_the_package_that_was_registered(
 
 
 @pytest.mark.parametrize(
-    ("kl_to_teacher", "teacher_perplexity", "champion"),
-    [(0.4, 11.8, 2), (0.5, 11.8, 1), (0.6, 11.8, 1), (0.1, 9.9, 1)],
-    ids=["nearer takes the title", "equal does not", "farther does not", "another teacher is not compared"],
-)
+    ("kl_to_teacher", "teacher_perplexity", "kept_share", "champion"),
+    [(0.4, 11.8, 1.0, 2), (0.5, 11.8, 1.0, 1), (0.6, 11.8, 1.0, 1), (0.1, 9.9, 1.0, 1), (0.1, 11.8, 0.9, 1),
+     (None, 11.8, 1.0, 1)],
+    ids=["nearer takes the title", "equal does not", "farther does not", "another teacher is not compared",
+         "nor are other draws", "nor is one without a divergence"],
+)  # fmt: skip
 def test_champion_moves_only_to_a_nearer_student_of_the_same_teacher(
     family: dict[str, Any],
     register: Register,
     client: Any,
-    kl_to_teacher: float,
+    kl_to_teacher: float | None,
     teacher_perplexity: float,
+    kept_share: float,
     champion: int,
 ) -> None:
+    family["submodels"]["small"]["kept_share"] = 1.0
     assert register(family).champions == ("large", "small")
-    family["submodels"]["small"]["kl_to_teacher"] = kl_to_teacher
+    family["submodels"]["small"] |= {"kl_to_teacher": kl_to_teacher, "kept_share": kept_share}
     family["teacher"]["perplexity"] = teacher_perplexity
     result = register(family, config_hash="other")
     model = client.get_registered_model("sevenfold-small")
