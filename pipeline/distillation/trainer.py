@@ -45,10 +45,13 @@ from pipeline.distillation.parallel import (
     Processes,
     Sharding,
     decoder_layers,
+    drop_weights,
+    gather_weights,
     join_processes,
     placed_like,
     spread,
     sum_across,
+    twin,
     whole,
     without_sync,
 )
@@ -230,7 +233,12 @@ def _prepared(
             parameter.data = parameter.data.float()
     if plan.recompute:
         _recompute(model, True)
+    ours = model
+    if processes.count > 1 and plan.sharding == "fsdp":  # which leaves its hooks and pieces in the one that it spreads
+        model = twin(ours)
     module = spread(Learner(model, objective), processes, plan.sharding, bf16=plan.bf16)
+    if model is not ours:
+        drop_weights(ours)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         _parameter_groups(parameters, plan.weight_decay), plan.learning_rate, _BETAS, _EPS, fused=True
@@ -244,11 +252,13 @@ def _prepared(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield _Training(module, parameters, optimizer, processes, device, plan, label)
     finally:
-        model.eval()
+        ours.eval()
         for layer in compiled:
             del layer.forward
         if plan.recompute:
-            _recompute(model, False)
+            _recompute(ours, False)
+    if model is not ours:
+        gather_weights(ours, model)
 
 
 def _check(model: torch.nn.Module, plan: TrainPlan, processes: Processes) -> None:
