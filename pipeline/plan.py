@@ -23,6 +23,7 @@ from pipeline.settings import CheckpointTeacher, Config, DataConfig
 _PROCESS_BYTES = 900_000_000  # torch, transformers and onnxruntime loaded
 _PROCESS_S = 8.0
 _TRAINING_EFFICIENCY = 0.35  # of a plain matrix product, seen on two cores at a few million parameters
+_STATE_BYTES = 36  # a parameter in three training states: the two that are kept, and the one being written
 _CONTAINERS_A_WEIGHT = 12  # bytes a parameter of codes, exports, evaluation copies and packages together
 
 
@@ -99,7 +100,7 @@ def estimate(stage: Stage, config: Config) -> Needs:
         return Needs(30e6, 0.3e9, 0, 15)
     if stage.name == "teacher":
         if isinstance(teacher, CheckpointTeacher):
-            return Needs(20e6, _PROCESS_BYTES, 0, _PROCESS_S)
+            return _correction(teacher, params, distill.sequence_tokens)
         tokens = teacher.steps * teacher.batch_sequences * distill.sequence_tokens
         return Needs(params * 16, _PROCESS_BYTES + params * 24, 6.0 * params * tokens, _PROCESS_S)
     loaded = params * {"fp32": 4.0, "bf16": 2.0, "int8": 1.1, "int4": 0.6}[getattr(teacher, "load", "fp32")]
@@ -108,11 +109,23 @@ def estimate(stage: Stage, config: Config) -> Needs:
         return Needs(stored, _PROCESS_BYTES + loaded, 2.0 * params * distill.target_tokens, _PROCESS_S)
     if stage.name == "distill":
         runs = 2 if distill.from_scratch_baseline else 1
-        return Needs(student * 16, _PROCESS_BYTES + loaded + student * 20, runs * 6.0 * student * trained, _PROCESS_S)
+        flops = runs * 6.0 * student * trained + (2.0 * params * trained if distill.signal == "online" else 0)
+        return Needs(student * 16, _PROCESS_BYTES + loaded + student * 20, flops, _PROCESS_S)
     if stage.name in SHIP:
         scored = 2.0 * student * config.runtime.evaluation_sequences * distill.sequence_tokens
         return Needs(student * _CONTAINERS_A_WEIGHT / len(SHIP), _PROCESS_BYTES + student * 12, scored, _PROCESS_S / 2)
     return Needs(50e6, 0.5e9, 0, _PROCESS_S)
+
+
+def _correction(teacher: CheckpointTeacher, params: float, sequence_tokens: int) -> Needs:
+    """A checkpoint that is only referred to needs nothing; one that is corrected becomes another one."""
+    if not teacher.correction_steps:
+        return Needs(20e6, _PROCESS_BYTES, 0, _PROCESS_S)
+    weights = params * (4 if teacher.load == "fp32" else 2)
+    tokens = teacher.correction_steps * teacher.correction_batch_sequences * sequence_tokens
+    if teacher.correction_rank is not None:
+        return Needs(weights * 1.1, _PROCESS_BYTES + weights * 1.5, 4.0 * params * tokens, _PROCESS_S)
+    return Needs(weights + params * _STATE_BYTES, _PROCESS_BYTES + params * 24, 6.0 * params * tokens, _PROCESS_S)
 
 
 def _teacher_params(config: Config) -> float:

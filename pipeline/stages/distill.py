@@ -5,6 +5,8 @@ The same shape trained from scratch on the same tokens is the baseline; it is me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from pipeline.distillation.scoring import kl_from_draws, perplexity
 
 if TYPE_CHECKING:
     from pipeline.distillation.batches import Sequences
+    from pipeline.distillation.hidden_losses import HiddenTerm
     from pipeline.distillation.signals import SignalSource
 
 _IMPORTANCE_BATCH = 4
@@ -26,6 +29,7 @@ def run(run: StageRun) -> None:
     from pipeline.distillation.batches import Sequences
     from pipeline.distillation.from_config import loss_settings, train_plan
     from pipeline.distillation.objectives import signal_objective, text_objective
+    from pipeline.distillation.parallel import join_processes
     from pipeline.distillation.pruning import random_student
     from pipeline.distillation.trainer import discard_checkpoint, train
 
@@ -38,17 +42,18 @@ def run(run: StageRun) -> None:
     baseline = random_student(student, shape_of(student.config), config.seed) if distill.from_scratch_baseline else None
     plan = train_plan(config, distill.steps, distill.batch_sequences, distill.learning_rate)
     source, loss = _signal_source(run), loss_settings(config)
-    metrics["history"] = train(
-        student, signal_objective(source, loss), sequences, plan, run.checkpoint / "student", label,
-        identity=f"{tree_digest(run.layout.teacher)} {loss}", prepare=getattr(source, "prepare", None),
-    )  # fmt: skip
+    with _hidden_term(run, student, source) as hidden:
+        metrics["history"] = train(
+            student, signal_objective(source, loss, hidden), sequences, plan, run.checkpoint / "student", label,
+            identity=f"{tree_digest(run.layout.teacher)} {loss}{hidden or ''}",
+            prepare=getattr(source, "prepare", None),
+        )  # fmt: skip
     if distill.on_policy_steps:
         metrics["on_policy_history"] = _learn_on_policy(run, student, sequences)
     metrics |= measure(student, targets) | {
         "params": sum(parameter.numel() for parameter in student.parameters()),
         "trained_tokens": plan.steps * plan.batch_sequences * distill.sequence_tokens,
     }
-    student.save_pretrained(run.output)
     if baseline is not None:
         baseline.to(student.device)
         train(
@@ -60,8 +65,10 @@ def run(run: StageRun) -> None:
             f"{label}, from scratch",
         )
         metrics["from_scratch"] = measure(baseline, targets)
-    write_json(run.layout.metrics("distill", run.submodel), metrics)
-    discard_checkpoint(run.checkpoint)
+    if join_processes().index == 0:
+        student.save_pretrained(run.output)
+        write_json(run.layout.metrics("distill", run.submodel), metrics)
+        discard_checkpoint(run.checkpoint)
 
 
 def measure(model: Any, targets: Path) -> dict[str, float]:
@@ -110,6 +117,7 @@ def _cut(run: StageRun, sequences: Sequences) -> Any:
     from transformers import AutoConfig
 
     from pipeline.distillation.importance import Importance
+    from pipeline.distillation.parallel import join_processes, wait_for_all
     from pipeline.distillation.pruning import prune_checkpoint, student_shape
     from pipeline.distillation.teachers import read_source
 
@@ -126,8 +134,10 @@ def _cut(run: StageRun, sequences: Sequences) -> Any:
         importance = Importance(**load_file(run.layout.targets / "importance.safetensors"))
     else:
         importance = _measured(run, cut, sequences)
-    pruned = run.checkpoint / "pruned"
-    prune_checkpoint(cut, pruned, importance, shape)
+    pruned, processes = run.checkpoint / "pruned", join_processes()
+    if processes.index == 0:
+        prune_checkpoint(cut, pruned, importance, shape)
+    wait_for_all(processes)
     return _load(pruned)
 
 
@@ -163,6 +173,23 @@ def _signal_source(run: StageRun) -> SignalSource:
     if run.config.distill.signal == "stored" and run.config.submodel.learns_from == "teacher":
         return StoredSource(StoredTargets.open(run.layout.targets / "train"))
     return _online(run)
+
+
+@contextmanager
+def _hidden_term(run: StageRun, student: Any, source: SignalSource) -> Iterator[HiddenTerm | None]:
+    """The hidden-state loss beside the other, with what it adds to the student meanwhile; None without one."""
+    from pipeline.distillation.hidden_losses import hidden_term, projected
+    from pipeline.distillation.signals import OnlineSource
+
+    weight, pairs = run.config.distill.hidden_weight, run.config.distill.hidden_layers
+    if not weight:
+        yield None
+        return
+    if not isinstance(source, OnlineSource):
+        raise UserError("distill.hidden_weight", weight, "0 where no teacher runs beside the student on its own tokens")
+    term = hidden_term(student, source.teacher, weight, pairs)
+    with projected(student, term, run.config.seed):
+        yield term
 
 
 def _online(run: StageRun) -> SignalSource:
