@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 0
     _use_project_interpreter(arguments)
     from edge_runtime.formats.errors import GateError, SevenfoldError
-    from pipeline.torchrun import is_first_to_end
+    from pipeline.torchrun import is_first_to_end, lost_process
 
     try:
         return _run(arguments)
@@ -63,10 +63,12 @@ def main(arguments: list[str]) -> int:
         return _end(2, f"{error}; lower teacher.learning_rate or distill.learning_rate")
     except KeyboardInterrupt:
         return _end(130, "interrupted; the same command goes on from here")
-    except Exception:
+    except Exception as error:
+        if lost := lost_process(error):
+            return _end(2, lost)
         if is_first_to_end():
             raise
-        return 2  # what another process said first is the reason of this, a lost connection most of all
+        return 2  # another process failed first and said why
 
 
 def _end(code: int, line: str) -> int:

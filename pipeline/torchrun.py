@@ -67,14 +67,26 @@ def follow_first(key: str, value: str | None = None) -> str:
     return found.decode()
 
 
-def is_first_to_end(reason: str = "failed") -> bool:
+def is_first_to_end() -> bool:
     """Whether no other process failed before this one: one line is enough."""
     if process_count() == 1:
         return True
     try:
-        return int(_store(_FIRST_ANSWER).add(_named(reason), 1)) == 1
+        return int(_store(_FIRST_ANSWER).add(_named("failed"), 1)) == 1
     except RuntimeError:  # torchrun is gone, and its store with it
         return is_first()
+
+
+def lost_process(error: Exception) -> str | None:
+    """A line for people where the error is that another process is gone, for example killed; else None."""
+    if process_count() == 1:
+        return None
+    from torch.distributed import DistError
+
+    if not isinstance(error, DistError) and "gloo/transport" not in str(error):
+        return None
+    message = " ".join(str(error).split())[:200]
+    return str(UserError("torchrun", message, "every process alive to the end", "the same command goes on from here"))
 
 
 def _store(timeout: timedelta) -> Any:
