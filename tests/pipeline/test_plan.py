@@ -145,6 +145,30 @@ def test_a_checkpoint_on_disk_is_counted_by_its_files(checkpoint: Path) -> None:
     assert fp32 > 7e9 * 4 and int4 < 7e9
 
 
+def test_a_correction_is_counted_by_its_tokens_and_what_learns() -> None:
+    hub = load_configs(["submodel=tiny", "teacher=hub", "teacher.name=a/b", "teacher.correction_rank=8"])["tiny"]
+    stage = STAGES["teacher"]
+
+    def needs(**changes: Any) -> plan.Needs:
+        return estimate(stage, hub.model_copy(update={"teacher": hub.teacher.model_copy(update=changes)}))
+
+    none, some, twice = (needs(correction_steps=steps) for steps in (0, 100, 200))
+    assert none.flops == 0 and none.disk_bytes < 1e8 and twice.flops == 2 * some.flops
+    assert some.flops == 4 * 7.6e9 * 100 * 4 * hub.distill.sequence_tokens
+    whole = needs(correction_steps=100, correction_rank=None)
+    assert whole.flops == 1.5 * some.flops, "a frozen weight has no gradient of its own"
+    assert some.disk_bytes < 7.6e9 * 2.5 < 7.6e9 * 38 == whole.disk_bytes, "bf16, and three states of 12 bytes a weight"
+    assert some.memory_bytes < 7.6e9 * 4 < whole.memory_bytes
+
+
+def test_a_teacher_beside_the_student_computes_too(demo: dict[str, Config]) -> None:
+    config = demo["small"]
+    online = config.model_copy(update={"distill": config.distill.model_copy(update={"signal": "online"})})
+    stored, beside = (estimate(STAGES["distill"], each).flops for each in (config, online))
+    trained = config.distill.steps * config.distill.batch_sequences * config.distill.sequence_tokens
+    assert beside - stored == pytest.approx(2 * plan._teacher_params(config) * trained)
+
+
 def test_a_run_that_the_disk_cannot_hold_is_refused(
     demo: dict[str, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
