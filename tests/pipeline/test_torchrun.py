@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import DistBackendError, TCPStore  # type: ignore[attr-defined]
 
 from edge_runtime.formats.errors import UserError
-from pipeline import __main__, flow
+from pipeline import __main__, flow, torchrun
 from pipeline.artifacts import Layout, StageRun
 from pipeline.config import load_configs
 from pipeline.flow import STAGES, execute
@@ -73,11 +73,11 @@ def test_it_is_refused_before_anything_is_done(two: pytest.MonkeyPatch, capsys: 
 
 def test_the_second_waits_for_what_the_first_decides(two: pytest.MonkeyPatch) -> None:
     found: list[str] = []
-    two.setenv("RANK", "1")
+    first = threading.current_thread()
+    two.setattr(torchrun, "is_first", lambda: threading.current_thread() is first)
     waiting = threading.Thread(target=lambda: found.append(follow_first("distill tiny")))
     waiting.start()
     assert not found
-    two.setenv("RANK", "0")
     assert follow_first("distill tiny", "digest") == "digest"
     waiting.join(20)
     assert found == ["digest"]
