@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torchrun, "_LONGEST_WAIT", timedelta(seconds=20))
     yield monkeypatch
 
 
