@@ -28,6 +28,8 @@ usage: python -m pipeline [KEY=VALUE ...]
                                                 your checkpoint (Llama, Qwen2, Qwen3, Mistral), your text
   python -m pipeline experiment=qwen2_5_7b      a 7B from the hub; also experiment=llama_7b
   python -m pipeline stage=export submodel=tiny one stage, in place
+  torchrun --nproc-per-node 2 -m pipeline stage=distill submodel=small
+                                                one training over several GPUs or processes; stage=teacher too
   python -m pipeline stage=gate candidate=DIR   a federation's adapter: champion if it beats the one there is
   python -m pipeline stage=adapter submodel=tiny action=train adapter.name=recovery
                                                 the adapter library: train list show score compose remove
@@ -49,21 +51,33 @@ def main(arguments: list[str]) -> int:
         return 0
     _use_project_interpreter(arguments)
     from edge_runtime.formats.errors import GateError, SevenfoldError
+    from pipeline.torchrun import is_first_to_end, lost_process
 
     try:
         return _run(arguments)
     except GateError as error:
-        print(error, file=sys.stderr)
-        return 3
+        return _end(3, str(error))
     except SevenfoldError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _end(2, str(error))
     except FloatingPointError as error:
-        print(f"{error}; lower teacher.learning_rate or distill.learning_rate", file=sys.stderr)
-        return 2
+        return _end(2, f"{error}; lower teacher.learning_rate or distill.learning_rate")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _end(130, "interrupted; the same command goes on from here")
+    except Exception as error:
+        if lost := lost_process(error):
+            return _end(2, lost)
+        if is_first_to_end():
+            raise
+        return 2  # another process failed first and said why
+
+
+def _end(code: int, line: str) -> int:
+    """The exit code, and one line for people: of several processes the first that ends says why."""
+    from pipeline.torchrun import is_first_to_end
+
+    if is_first_to_end():
+        print(line, file=sys.stderr)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -72,9 +86,11 @@ def _run(arguments: list[str]) -> int:
     from pipeline.flow import ADAPTER, GATE, STAGES, execute, planned
     from pipeline.plan import print_plan, require_checkpoints, require_resources, require_sources
     from pipeline.summary import print_summary
+    from pipeline.torchrun import is_first, process_count, require_training
 
     configs = load_configs(arguments)
     first = next(iter(configs.values()))
+    require_training(first)
     given = dict(argument.split("=", 1) for argument in arguments)
     if first.stage == GATE:
         return _gate(first, given)
@@ -99,10 +115,14 @@ def _run(arguments: list[str]) -> int:
     if in_place and first.stage is None:
         return _reproduce(configs, layout)
     require_resources(chosen, configs, layout)
-    if not in_place:
+    if not in_place and is_first():
         print(f"output: {layout.root.relative_to(PROJECT)}", file=sys.stderr)
     for stage, config in chosen:
         execute(STAGES[stage.name], config, layout)
+    if process_count() > 1:
+        from pipeline.distillation.parallel import leave_processes
+
+        leave_processes()
     if first.stage is None:
         print_summary(layout)
     return 0

@@ -121,12 +121,17 @@ class StageRun:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that takes its place when the block ends well."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_directory(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     shutil.rmtree(path, ignore_errors=True)
     partial.replace(path)
+
+
+def partial_directory(path: Path) -> Path:
+    """Where ``atomic_directory`` makes a folder."""
+    return path.with_name(path.name + ".partial")
 
 
 def located(path: Path) -> Path:

@@ -22,6 +22,7 @@ from pipeline.artifacts import (
     content_digest,
     fingerprint,
     located,
+    partial_directory,
     recorded_fingerprint,
     sole_writer,
     tree_digest,
@@ -29,6 +30,7 @@ from pipeline.artifacts import (
 )
 from pipeline.progress import CONSOLE
 from pipeline.settings import Config
+from pipeline.torchrun import follow_first, is_first, process_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,12 @@ _TRAINING = tuple(
         "micro_sequences",
         "compile",
         "recompute",
+        "sharding",
     )
 )
 _SIGNAL = tuple(
-    f"distill.{key}" for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision")
+    f"distill.{key}"
+    for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
 )
 _FORMATS = "edge_runtime/formats"
 REFERENCE = "assets/reference_teacher"
@@ -162,6 +166,7 @@ STAGES = {
 SHIP = ("quantize", "export", "evaluate", "package")  # one process a submodel: imports cost seconds each
 GATE = "gate"  # judges a federation's candidate whenever there is one; no step of a run, and nothing of DVC's
 ADAPTER = "adapter"  # the library of adapters; called by people
+_CURRENT = "current"
 _TORCHLESS = ("clean", "report", "register")
 
 
@@ -208,6 +213,8 @@ def why_run(stage: Stage, config: Config, layout: Layout) -> str | None:
 def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False) -> bool:
     """Run a stage unless its output is current (``force`` runs it even then).
 
+    Of several processes the first holds the lock, decides, and owns the output; the others compute along.
+
     Returns:
         Whether it ran.
 
@@ -216,19 +223,21 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
     """
     submodel = config.submodel.name if stage.per_submodel else None
     label = f"{stage.name} {submodel}" if submodel else stage.name
+    if not is_first():
+        return _follow(stage, config, layout, label)
     with sole_writer(layout, stage.name, submodel):
         for name in stage.inputs:
             _require_input(STAGES[name], stage, config, layout)
         if not force and why_run(stage, config, layout) is None:
+            follow_first(label, _CURRENT)
             CONSOLE.print(f"{label}: current, skipped")
             return False
-        digest = stage_fingerprint(stage, config, layout)
+        digest = follow_first(label, stage_fingerprint(stage, config, layout))
         prepare_process(stage, config)
         CONSOLE.print(f"{label} ...")
         start_s = time.monotonic()
         with atomic_directory(stage.output(layout, config.submodel.name)) as output:
-            run = StageRun(config, layout, output, layout.checkpoint(stage.name, digest))
-            import_module(f"pipeline.stages.{stage.name}").run(run)
+            _run_stage(stage, StageRun(config, layout, output, layout.checkpoint(stage.name, digest)))
         write_record(layout, stage.output(layout, config.submodel.name), digest, round(time.monotonic() - start_s, 2))
     return True
 
@@ -254,6 +263,26 @@ def prepare_process(stage: Stage, config: Config) -> None:
     torch.use_deterministic_algorithms(True)
     # Memory that nothing wrote is read by nothing: filling it only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _follow(stage: Stage, config: Config, layout: Layout, label: str) -> bool:
+    """What the first process of several decided, done with it; nothing is written or shown."""
+    digest = follow_first(label)
+    if digest == _CURRENT:
+        return False
+    CONSOLE.quiet = True
+    prepare_process(stage, config)
+    output = partial_directory(stage.output(layout, config.submodel.name))
+    _run_stage(stage, StageRun(config, layout, output, layout.checkpoint(stage.name, digest)))
+    return True
+
+
+def _run_stage(stage: Stage, run: StageRun) -> None:
+    if process_count() > 1:
+        from pipeline.distillation.parallel import join_processes
+
+        join_processes()  # before anything is loaded: each takes its own GPU
+    import_module(f"pipeline.stages.{stage.name}").run(run)
 
 
 def _setting(values: Any, path: str) -> Any:

@@ -25,6 +25,7 @@ _DOCUMENTED_SHARE = 0.34  # of the sources of the packages in conf/data/python_l
 _CLEANED_BYTES_A_S = 1.2e6  # of one worker
 _TOKENIZER_BYTES_A_TOKEN = 60
 _HELD_OUT_DRAWS, _RECORDED_SEQUENCES, _RECORDED_POSITIONS = 64, 8, 1024  # as stages/targets.py has them
+_RATIOS = "submodel.width and the other ratios"
 _STATES_KEPT = 2  # while a third is written
 _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
@@ -128,6 +129,8 @@ def _teacher(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     tokenizer = float(_TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size)
     if isinstance(teacher, CheckpointTeacher):
         fetched = 0.0 if teacher.kind == "local" or is_downloaded(teacher) else 2.0 * sizes.params
+        if teacher.trains:
+            return _corrected(config, teacher, sizes, bf16, tokenizer + fetched)
         return Needs(tokenizer + fetched, _PROCESS_BYTES)
     tokens = teacher.steps * teacher.batch_sequences * config.distill.sequence_tokens
     return Needs(
@@ -135,6 +138,24 @@ def _teacher(config: Config, family: FamilySizes, bf16: bool) -> Needs:
         scratch_bytes=_state_bytes(sizes, config, teacher.steps),
         device_bytes=_training_bytes(sizes, config, bf16, teacher.batch_sequences),
         training_flops=tokens * sizes.training_flops(config.distill.sequence_tokens), steps=teacher.steps,
+    )  # fmt: skip
+
+
+def _corrected(config: Config, teacher: CheckpointTeacher, sizes: ModelSizes, bf16: bool, disk_bytes: float) -> Needs:
+    """A checkpoint that is fine-tuned becomes another one; beside an adapter its weights have no gradients."""
+    steps, batch, length = teacher.correction_steps, teacher.correction_batch_sequences, config.distill.sequence_tokens
+    tokens, weights = steps * batch * length, sizes.loaded_bytes(teacher.load)
+    device = _training_bytes(sizes, config, bf16, batch)
+    flops = tokens * sizes.training_flops(length)
+    measured = 2 * config.runtime.evaluation_sequences * length * sizes.forward_flops(length)
+    if teacher.correction_rank is not None:
+        device = {**device, _RATIOS: 0.0, "teacher.load": weights}
+        return Needs(disk_bytes + weights, _PROCESS_BYTES, device_bytes=device, training_flops=flops * 2 / 3,
+                     forward_flops=measured, steps=steps)  # fmt: skip
+    return Needs(
+        disk_bytes + weights, _PROCESS_BYTES + _copied_bytes(sizes, config, steps),
+        scratch_bytes=_state_bytes(sizes, config, steps), device_bytes=device, training_flops=flops,
+        forward_flops=measured, steps=steps,
     )  # fmt: skip
 
 
@@ -283,7 +304,7 @@ def _training_bytes(
     chunk = 3 * 4.0 * min(distill.chunk_tokens, tokens) * sizes.vocab_size
     copies = 2.0 * sizes.params if bf16 else 0.0
     return {
-        "submodel.width and the other ratios": 16.0 * sizes.params + copies + 4.0 * others * sizes.params,
+        _RATIOS: 16.0 * sizes.params + copies + 4.0 * others * sizes.params,
         "distill.micro_sequences, or distill.recompute=true": tokens * kept,
         "distill.chunk_tokens": chunk,
     }

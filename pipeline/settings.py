@@ -77,6 +77,11 @@ class FromScratchTeacher(_Strict):
     batch_sequences: Count
     learning_rate: Rate
 
+    @property
+    def trains(self) -> bool:
+        """Whether its stage trains."""
+        return True
+
     @model_validator(mode="after")
     def _check(self) -> FromScratchTeacher:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -95,6 +100,15 @@ class CheckpointTeacher(_Strict):
     revision: str = "main"
     load: Literal["fp32", "bf16", "float8", "int8", "int4"]
     device_map: str | None = None
+    correction_steps: Annotated[int, Field(ge=0)]
+    correction_batch_sequences: Count
+    correction_learning_rate: Rate
+    correction_rank: Annotated[int, Field(ge=1, le=256)] | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether its stage trains."""
+        return self.correction_steps > 0
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointTeacher:
@@ -102,6 +116,13 @@ class CheckpointTeacher(_Strict):
             raise ValueError("path is required by kind=local (teacher.path=DIR)")
         if self.kind == "hub" and not self.name:
             raise ValueError("name is required by kind=hub (teacher.name=ORG/MODEL)")
+        if self.correction_steps and self.load in ("int8", "int4"):
+            raise ValueError(
+                f"load={self.load} cannot be corrected: students are cut from float weights; correct it with load=bf16"
+                f" correction_rank=16, then give that run's artifacts/teacher as teacher.path with load={self.load}"
+            )
+        if self.correction_steps and self.device_map is not None:
+            raise ValueError("correction_steps trains on one device a process; leave device_map=null, and use torchrun")
         return self
 
 
@@ -159,6 +180,9 @@ class DistillConfig(_Strict):
     micro_sequences: Count
     compile: bool
     recompute: bool
+    sharding: Literal["none", "fsdp"]
+    hidden_weight: Annotated[float, Field(ge=0, le=1000)]
+    hidden_layers: Count
     on_policy_steps: Annotated[int, Field(ge=0)]
     on_policy_ratio: Annotated[float, Field(gt=0, le=1)]
     on_policy_prompt_tokens: Count
@@ -172,6 +196,10 @@ class DistillConfig(_Strict):
             raise ValueError("stored draws teach forward_kl at temperature 1; with another loss choose signal=online")
         if self.loss == "aligned" and self.temperature != 1.0:
             raise ValueError("aligned compares at temperature 1; leave temperature out")
+        if self.signal == "stored" and self.hidden_weight:
+            raise ValueError("hidden_weight needs the teacher's states, which are not stored; choose signal=online")
+        if self.loss == "aligned" and self.hidden_weight:
+            raise ValueError("hidden_weight compares position by position; with loss=aligned leave it out")
         return self
 
 

@@ -13,8 +13,11 @@ from typing import Any
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Sequences
 from pipeline.distillation.checkpoints import History
+from pipeline.distillation.head_losses import DEFAULT_CHUNK_TOKENS
 from pipeline.distillation.objectives import text_objective
 from pipeline.distillation.trainer import Observer, TrainPlan, train
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class LoraSettings:
 def correct_teacher(
     teacher: Any, sequences: Sequences, plan: TrainPlan, checkpoint: Path, *, lora: LoraSettings | None = None,
     label: str = "teacher correction", identity: str = "", observe: Observer | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> tuple[Any, History]:  # fmt: skip
     """Fine-tune a teacher on text.
 
@@ -51,6 +55,7 @@ def correct_teacher(
         label: For people.
         identity: See ``train``.
         observe: See ``train``.
+        chunk_tokens: Positions whose logits exist at a time.
 
     Returns:
         The corrected teacher, an ordinary model again, and the history.
@@ -62,8 +67,9 @@ def correct_teacher(
     if lora is None:
         model.requires_grad_(True)
     history = train(
-        model, text_objective(), sequences, plan, checkpoint, label, identity=f"{identity} {lora}", observe=observe
-    )
+        model, text_objective(chunk_tokens), sequences, plan, checkpoint, label, identity=f"{identity} {lora}",
+        observe=observe,
+    )  # fmt: skip
     return (model if lora is None else model.merge_and_unload()), history
 
 

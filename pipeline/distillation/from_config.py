@@ -41,6 +41,7 @@ def train_plan(config: Config, steps: int, batch_sequences: int, learning_rate: 
         micro_sequences=distill.micro_sequences,
         compile=distill.compile,
         recompute=distill.recompute,
+        sharding=distill.sharding,
     )
 
 

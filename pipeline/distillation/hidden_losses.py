@@ -7,11 +7,99 @@ meet in a linear map of the student's state, which learns with the student and i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
 import torch
 
+from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import LossSum
 
 _SMALLEST_SQUARE = 1e-12
+States = Mapping[int, torch.Tensor]
+"""Layer, counted from 0, to its hidden states (B, T, H)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTerm:
+    """The hidden-state loss beside another one.
+
+    Attributes:
+        teacher: The model that the other loss runs anyway.
+        weight: Of the mean over the pairs, above 0.
+        pairs: (student's layer, teacher's layer), counted from 0.
+    """
+
+    teacher: Any = field(repr=False)
+    weight: float
+    pairs: tuple[tuple[int, int], ...]
+
+
+def hidden_term(student: Any, teacher: Any, weight: float, pairs: int) -> HiddenTerm:
+    """The term for two transformers models.
+
+    Raises:
+        UserError: The student has fewer layers than pairs, or more than the teacher.
+    """
+    depth, teacher_depth = (len(model.get_decoder().layers) for model in (student, teacher))
+    try:
+        return HiddenTerm(teacher, weight, layer_pairs(depth, teacher_depth, pairs))
+    except ValueError as error:
+        allowed = f"1 to {depth}, the student's layers, and a teacher with no fewer"
+        raise UserError("distill.hidden_layers", str(error), allowed, "or leave hidden_weight=0") from error
+
+
+@contextmanager
+def projected(student: Any, term: HiddenTerm, seed: int) -> Iterator[None]:
+    """Where widths differ, a map for each pair among the student's parameters, until the block ends.
+
+    Whatever trains, spreads and stores the student's parameters does so with the maps.
+    """
+    width, teacher_width = student.config.hidden_size, term.teacher.config.hidden_size
+    if width == teacher_width:
+        yield
+        return
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.nn.ParameterList([start_projection(width, teacher_width, generator) for _ in term.pairs])
+    student.hidden_projections = maps.to(student.device)
+    try:
+        yield
+    finally:
+        del student.hidden_projections
+
+
+@contextmanager
+def kept_states(model: Any, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Filled by the forward passes in the block: hidden states of ``layers``; no layers, no look at the model.
+
+    As transformers has them in ``hidden_states[layer + 1]``: the last layer's are those after the last norm.
+    """
+    states: dict[int, torch.Tensor] = {}
+    hooks = []
+    for layer in layers:
+        decoder = model.get_decoder()
+        module = decoder if layer == len(decoder.layers) - 1 else decoder.layers[layer]
+        hooks.append(module.register_forward_hook(partial(_keep, states, layer)))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def add_hidden(
+    loss: LossSum, term: HiddenTerm, model: Any, ours: States, theirs: States, counts: torch.Tensor
+) -> LossSum:
+    """``loss`` with the term added at the same counted positions (B, T)."""
+    maps = getattr(model, "hidden_projections", [None] * len(term.pairs))
+    parts = []
+    for (layer, teacher_layer), weights in zip(term.pairs, maps, strict=True):
+        student, teacher = ours[layer], theirs[teacher_layer].to(ours[layer].device)
+        parts.append(hidden_loss(student.flatten(0, 1), teacher.flatten(0, 1), counts.flatten(), weights).total)
+    return LossSum(loss.total + term.weight * torch.stack(parts).mean(), loss.weight)
 
 
 def hidden_loss(
@@ -65,6 +153,12 @@ def layer_pairs(student_layers: int, teacher_layers: int, pairs: int) -> tuple[t
         raise ValueError(f"{pairs} pairs of {student_layers} and {teacher_layers} layers")
     steps = range(1, pairs + 1)
     return tuple((step * student_layers // pairs - 1, step * teacher_layers // pairs - 1) for step in steps)
+
+
+def _keep(states: dict[int, torch.Tensor], layer: int, _module: Any, _inputs: Any, output: Any) -> None:
+    """A forward hook: decoders give ``last_hidden_state``, layers a tensor or a tuple that begins with it."""
+    found = getattr(output, "last_hidden_state", output)
+    states[layer] = found[0] if isinstance(found, tuple) else found
 
 
 def _normalised(states: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.distillation.batches import Batch, LossSum, to_device
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.head_losses import DEFAULT_CHUNK_TOKENS, Labels, head_loss
+from pipeline.distillation.hidden_losses import HiddenTerm, add_hidden, kept_states
 from pipeline.distillation.signals import DenseSignal, SignalSource, SparseSignal
 
 Objective = Callable[[Any, Batch], LossSum]
@@ -47,21 +48,31 @@ def text_objective(chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Objective:
     return objective
 
 
-def signal_objective(source: SignalSource, loss: LossSettings) -> Objective:
-    """A loss against the teacher's distribution at each counted position."""
+def signal_objective(source: SignalSource, loss: LossSettings, hidden: HiddenTerm | None = None) -> Objective:
+    """A loss against the teacher's distribution at each counted position.
+
+    Args:
+        source: Where the distribution comes from.
+        loss: Which one.
+        hidden: Added to it, from the same forward pass of the source's teacher.
+    """
+    ours, theirs = zip(*hidden.pairs, strict=True) if hidden else ((), ())
 
     def objective(model: Any, batch: Batch) -> LossSum:
-        signal = to_device(source.signal(batch), batch.tokens.device)
+        with kept_states(hidden and hidden.teacher, theirs) as teacher_states:
+            signal = to_device(source.signal(batch), batch.tokens.device)
         flat: DenseSignal | SparseSignal
         if isinstance(signal, DenseSignal):
             flat = DenseSignal(signal.hidden.flatten(0, 1), signal.head)
         else:
             flat = SparseSignal(signal.ids.flatten(0, 1), signal.weights.flatten(0, 1))
-        hidden, head = hidden_and_head(model, batch.tokens)
-        return head_loss(
-            hidden.flatten(0, 1), head, flat, loss.kind, batch.counts.flatten(), loss.chunk_tokens,
+        with kept_states(model, ours) as states:
+            last, head = hidden_and_head(model, batch.tokens)
+        total = head_loss(
+            last.flatten(0, 1), head, flat, loss.kind, batch.counts.flatten(), loss.chunk_tokens,
             temperature=loss.temperature, beta=loss.beta, skew=loss.skew,
         )  # fmt: skip
+        return add_hidden(total, hidden, model, states, teacher_states, batch.counts) if hidden else total
 
     return objective
 

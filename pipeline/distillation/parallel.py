@@ -7,10 +7,12 @@ its hidden states) and still gets whole, synchronised parameters.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from pipeline.distillation.fast_layers import decoder_layers
 from pipeline.distillation.objectives import Objective
 
 Sharding = Literal["none", "fsdp"]
+_LONGEST_WAIT = timedelta(hours=4)  # while the first process cuts a 7B; torchrun ends all when one ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,14 @@ def join_processes() -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def wait_for_all(processes: Processes) -> None:
+    """Until every process is here: what the first one wrote is there to be read."""
+    if processes.count > 1:
+        torch.distributed.barrier()
 
 
 def leave_processes() -> None:
@@ -90,6 +99,23 @@ def spread(learner: Learner, processes: Processes, sharding: Sharding, *, bf16: 
     return learner
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the same parameters: spreading one leaves the other an ordinary model."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def drop_weights(model: nn.Module) -> None:
+    """Free the parameters' memory, until ``gather_weights``; tied ones stay one."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def gather_weights(model: nn.Module, spread_twin: nn.Module) -> None:
+    """Put the whole of the spread parameters back into the model; all processes together."""
+    for parameter, learned in zip(model.parameters(), spread_twin.parameters(), strict=True):
+        parameter.data = whole(learned.detach())
+
+
 @contextmanager
 def without_sync(module: nn.Module, skip: bool) -> Iterator[None]:
     """Gradients stay in this process while ``skip``: only the last of a step's micro-batches is exchanged."""
@@ -114,16 +140,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A spread tensor gathered in every process; any other as it is."""
     gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
-
-
-def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of a model that training left spread, gathered on the CPU of every process.
-
-    For ``model.save_pretrained(folder, state_dict=...)``; tied matrices stay one.
-    """
-    named = model.state_dict(keep_vars=True)
-    gathered = {id(value): whole(value.detach()).cpu() for value in {id(v): v for v in named.values()}.values()}
-    return {name: gathered[id(value)] for name, value in named.items()}
 
 
 def placed_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.distillation.fast_layers import uncompiled
 from pipeline.distillation.signals import checked_head, draw, head_logits, last_hidden
 
 SHARD_SEQUENCES = 64
@@ -70,7 +69,8 @@ def record_draws(
 def teacher_logits(teacher: Any, sequences: NDArray[np.int32], bf16: bool) -> torch.Tensor:
     """(B, T, V) float32 on this process's CPU."""
     tokens = torch.from_numpy(sequences.astype(np.int64)).to(teacher.device)
-    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16), uncompiled():
+    eager = torch.compiler.set_stance("force_eager")  # few passes, of shapes that training does not have
+    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=bf16), eager:
         logits: torch.Tensor = teacher(input_ids=tokens, use_cache=False).logits
     return logits.float().cpu()
 

@@ -71,10 +71,15 @@ def resolve_checkpoint(config: CheckpointTeacher) -> Path:
 
 def write_source(folder: Path, checkpoint: Path, teacher: CheckpointTeacher) -> TeacherSource:
     """Note in teacher.json where a checkpoint is; one that belongs to the project keeps its name in every clone."""
+    source = source_of(checkpoint, teacher)
     shown = checkpoint.relative_to(PROJECT) if checkpoint.is_relative_to(PROJECT) else checkpoint
-    source = TeacherSource(shown.as_posix(), teacher.load, teacher.device_map, teacher.name or checkpoint.name)
-    write_json(folder / "teacher.json", asdict(source))
+    write_json(folder / "teacher.json", asdict(replace(source, path=shown.as_posix())))
     return source
+
+
+def source_of(checkpoint: Path, teacher: CheckpointTeacher) -> TeacherSource:
+    """A checkpoint as the settings say to load it."""
+    return TeacherSource(str(checkpoint), teacher.load, teacher.device_map, teacher.name or checkpoint.name)
 
 
 def read_source(folder: Path) -> TeacherSource:
@@ -100,14 +105,17 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     from pipeline.distillation.float8_teacher import quantize_teacher
+    from pipeline.distillation.parallel import join_processes
 
-    load = load or source.load
+    load, several = load or source.load, join_processes().count > 1
+    if several and source.device_map is not None:
+        raise UserError("teacher.device_map", source.device_map, "null under torchrun: each process has a device")
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     if source.device_map is not None:
         options["device_map"] = source.device_map
     if load in ("int8", "int4"):
         options["quantization_config"] = _bits_config(load)
-        options.setdefault("device_map", "cpu" if not torch.cuda.is_available() else "auto")
+        options.setdefault("device_map", _one_device() if several or not torch.cuda.is_available() else "auto")
     options["dtype"] = torch.float32 if load == "fp32" else torch.bfloat16
     try:
         model = AutoModelForCausalLM.from_pretrained(source.path, **options).eval()
@@ -122,6 +130,12 @@ def load_checkpoint(source: TeacherSource, load: str | None = None) -> Any:
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         message = " ".join(str(error).split())[:300]
         raise UserError("teacher.load", load, f"what this machine can load ({message})", "try bf16") from error
+
+
+def _one_device() -> dict[str, Any]:
+    import torch
+
+    return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
 
 
 def save_tokenizer(path: Path, output: Path) -> None:

@@ -46,10 +46,13 @@ from pipeline.distillation.parallel import (
     Learner,
     Processes,
     Sharding,
+    drop_weights,
+    gather_weights,
     join_processes,
     placed_like,
     spread,
     sum_across,
+    twin,
     whole,
     without_sync,
 )
@@ -235,7 +238,12 @@ def _prepared(
             parameter.data = parameter.data.float()
     if plan.recompute:
         _recompute(model, True)
+    ours = model
+    if processes.count > 1 and plan.sharding == "fsdp":  # which leaves its hooks and pieces in the one that it spreads
+        model = twin(ours)
     module = spread(Learner(model, objective), processes, plan.sharding, bf16=plan.bf16)
+    if model is not ours:
+        drop_weights(ours)
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with (
         _master_weights(model, plan, processes) as masters,
@@ -249,9 +257,11 @@ def _prepared(
         try:
             yield _Training(module, parameters, masters, optimizer, processes, device, plan, label)
         finally:
-            model.eval()
+            ours.eval()
             if plan.recompute:
-                _recompute(model, False)
+                _recompute(ours, False)
+    if model is not ours:
+        gather_weights(ours, model)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ The same shape trained from scratch on the same tokens is the baseline; it is me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from pipeline.distillation.scoring import HeldOut, perplexity
 
 if TYPE_CHECKING:
     from pipeline.distillation.aligned_signal import AlignedLoss, AlignedSource
+    from pipeline.distillation.hidden_losses import HiddenTerm
     from pipeline.distillation.objectives import LossSettings, Objective
     from pipeline.distillation.signals import SignalSource
     from pipeline.distillation.student_text import StudentText
@@ -27,6 +30,7 @@ def run(run: StageRun) -> None:
     """Write the student as an ordinary Hugging Face checkpoint."""
     from pipeline.distillation.from_config import loss_settings, train_plan
     from pipeline.distillation.objectives import text_objective
+    from pipeline.distillation.parallel import join_processes
     from pipeline.distillation.pruning import random_student
     from pipeline.distillation.student_text import prepare_text
     from pipeline.distillation.trainer import discard_checkpoint, train
@@ -39,10 +43,12 @@ def run(run: StageRun) -> None:
     baseline = random_student(student, shape_of(student.config), config.seed) if distill.from_scratch_baseline else None
     plan = train_plan(config, distill.steps, distill.batch_sequences, distill.learning_rate)
     source, loss = _signal_source(run, text, student), loss_settings(config)
-    metrics["history"] = train(
-        student, _objective(source, loss), sequences, plan, run.checkpoint / "student", label,
-        identity=f"{tree_digest(run.layout.teacher)} {loss}", prepare=getattr(source, "prepare", None),
-    )  # fmt: skip
+    with _hidden_term(run, student, source) as hidden:
+        metrics["history"] = train(
+            student, _objective(source, loss, hidden), sequences, plan, run.checkpoint / "student", label,
+            identity=f"{tree_digest(run.layout.teacher)} {loss}{hidden or ''}",
+            prepare=getattr(source, "prepare", None),
+        )  # fmt: skip
     if distill.on_policy_steps:
         metrics["on_policy_history"] = _learn_on_policy(run, student, text)
     metrics |= measure(student, held_out) | kept_shares(text, held_out)
@@ -50,7 +56,6 @@ def run(run: StageRun) -> None:
         "params": sum(parameter.numel() for parameter in student.parameters()),
         "trained_tokens": plan.steps * plan.batch_sequences * distill.sequence_tokens,
     }
-    student.save_pretrained(run.output)
     if baseline is not None:
         baseline.to(student.device)
         train(
@@ -62,8 +67,10 @@ def run(run: StageRun) -> None:
             f"{label}, from scratch",
         )
         metrics["from_scratch"] = measure(baseline, held_out)
-    write_json(run.layout.metrics("distill", run.submodel), metrics)
-    discard_checkpoint(run.checkpoint)
+    if join_processes().index == 0:
+        student.save_pretrained(run.output)
+        write_json(run.layout.metrics("distill", run.submodel), metrics)
+        discard_checkpoint(run.checkpoint)
 
 
 def measure(model: Any, held_out: HeldOut) -> dict[str, float | None]:
@@ -124,6 +131,7 @@ def _cut(run: StageRun, text: StudentText) -> Any:
     from transformers import AutoConfig
 
     from pipeline.distillation.importance import Importance
+    from pipeline.distillation.parallel import join_processes, wait_for_all
     from pipeline.distillation.pruning import prune_checkpoint, student_shape
     from pipeline.distillation.teachers import read_source
 
@@ -140,9 +148,12 @@ def _cut(run: StageRun, text: StudentText) -> Any:
         importance = Importance(**load_file(run.layout.targets / "importance.safetensors"))
     else:
         importance = _measured(run, cut)
-    pruned = run.checkpoint / "pruned"
+    pruned, processes = run.checkpoint / "pruned", join_processes()
     trimming = text.trimming if submodel.trims else None  # one that is inherited is done already
-    prune_checkpoint(cut, pruned, importance, shape, vocabulary=None if trimming is None else trimming.vocabulary)
+    if processes.index == 0:
+        vocabulary = None if trimming is None else trimming.vocabulary
+        prune_checkpoint(cut, pruned, importance, shape, vocabulary=vocabulary)
+    wait_for_all(processes)
     return _load(pruned)
 
 
@@ -184,6 +195,23 @@ def _signal_source(run: StageRun, text: StudentText, student: Any) -> SignalSour
             return StoredSource(stored)
         return TrimmedStoredSource(stored, text.trimming.first_pieces, text.trimming.source)
     return _online(run, text, student)
+
+
+@contextmanager
+def _hidden_term(run: StageRun, student: Any, source: SignalSource | AlignedSource) -> Iterator[HiddenTerm | None]:
+    """The hidden-state loss beside the other, with what it adds to the student meanwhile; None without one."""
+    from pipeline.distillation.hidden_losses import hidden_term, projected
+    from pipeline.distillation.signals import OnlineSource
+
+    weight, pairs = run.config.distill.hidden_weight, run.config.distill.hidden_layers
+    if not weight:
+        yield None
+        return
+    if not isinstance(source, OnlineSource):
+        raise UserError("distill.hidden_weight", weight, "0 where no teacher runs beside the student on its own tokens")
+    term = hidden_term(student, source.teacher, weight, pairs)
+    with projected(student, term, run.config.seed):
+        yield term
 
 
 def _online(run: StageRun, text: StudentText, student: Any) -> SignalSource | AlignedSource:
@@ -237,14 +265,16 @@ def _aligned(student: Any, student_tokenizer: Path, teacher: Any, teacher_tokeni
     return AlignedSource.open(teacher, mine, theirs, bf16)
 
 
-def _objective(source: SignalSource | AlignedSource, loss: LossSettings | AlignedLoss) -> Objective:
+def _objective(
+    source: SignalSource | AlignedSource, loss: LossSettings | AlignedLoss, hidden: HiddenTerm | None = None
+) -> Objective:
     """Over ids, or over words where vocabularies differ."""
     from pipeline.distillation.aligned_signal import AlignedLoss, AlignedSource, aligned_objective
     from pipeline.distillation.objectives import signal_objective
 
     if isinstance(source, AlignedSource) and isinstance(loss, AlignedLoss):
         return aligned_objective(source, loss)
-    return signal_objective(source, loss)  # type: ignore[arg-type]
+    return signal_objective(source, loss, hidden)  # type: ignore[arg-type]
 
 
 def _learn_on_policy(run: StageRun, student: Any, text: StudentText) -> Any:

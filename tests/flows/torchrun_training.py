@@ -19,7 +19,7 @@ from pipeline.distillation.checkpoints import History
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings, next_token_objective, signal_objective
 from pipeline.distillation.on_policy import Sampling, on_policy_objective, samples_in
-from pipeline.distillation.parallel import join_processes, leave_processes, whole_state
+from pipeline.distillation.parallel import join_processes, leave_processes
 from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
 from tests.pipeline.exact_model import ANSWERS, PLAN, VOCABULARY, Exact
@@ -80,11 +80,10 @@ def _store(name: Path, plan: TrainPlan, checkpoint: Path) -> None:
 
 def _write(name: Path, model: nn.Module, history: History) -> None:
     index = join_processes().index
-    state = whole_state(model)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(name.with_suffix(f".{index}"), state_dict=state)
+    if isinstance(model, LlamaForCausalLM):
+        model.save_pretrained(name.with_suffix(f".{index}"))
     else:
-        save_file(state, name.with_suffix(f".{index}.safetensors"))
+        save_file(model.state_dict(), name.with_suffix(f".{index}.safetensors"))
     name.with_suffix(f".{index}.json").write_text(json.dumps(history))
 
 

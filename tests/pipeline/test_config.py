@@ -51,6 +51,8 @@ ONE = "submodel=tiny"
         ("teacher=from_scratch teacher.num_heads=32", "teacher: hidden_size / num_heads must be a multiple of 16"),
         ("teacher.kind=foo", "teacher.kind: got 'foo', allowed: 'from_scratch', 'local', 'hub'"),
         ("distill.target_tokens=1000", "distill: target_tokens must hold one batch"),
+        ("distill.hidden_weight=1", "distill: hidden_weight needs the teacher's states, which are not stored"),
+        ("distill.sharding=ddp", "distill.sharding: got 'ddp', allowed: 'none' or 'fsdp'"),
         ("data=local", "data.path: is missing; add data.path=VALUE"),
         ("teacher=hub", "teacher.name: is missing; add teacher.name=VALUE"),
     ],

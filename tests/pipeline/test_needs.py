@@ -87,6 +87,29 @@ def test_twice_the_tokens_are_twice_the_arithmetic(demo: dict[str, Config], sect
         assert after.forward_flops - before.forward_flops == 143_360 * require_chain(demo).teacher.forward_flops(256)
 
 
+def test_a_correction_is_counted_by_its_tokens_and_what_learns() -> None:
+    """4 N operations a token beside an adapter, 6 N with all weights; those leave three states of 12 bytes a weight."""
+
+    def needs(*overrides: str) -> Needs:
+        given = ["experiment=qwen2_5_7b", "teacher.correction_batch_sequences=4", *overrides]
+        return needs_of(load_configs(given), "teacher", "3b")
+
+    rank = "teacher.correction_rank=16"
+    none, some, twice, whole = (
+        needs(*given) for given in (
+            ["teacher.correction_steps=0"], [rank, "teacher.correction_steps=1000"],
+            [rank, "teacher.correction_steps=2000"], ["teacher.correction_steps=1000"],
+        )
+    )  # fmt: skip
+    weights, tokens = 7_615_616_512, 1000 * 4 * 1024
+    assert none.training_flops == 0 and twice.training_flops == 2 * some.training_flops
+    assert 4 * tokens * 0.9 * weights < some.training_flops < 4 * tokens * 1.1 * weights
+    assert whole.training_flops == pytest.approx(1.5 * some.training_flops)
+    assert some.disk_bytes - none.disk_bytes == whole.disk_bytes - none.disk_bytes == 2 * weights
+    assert some.scratch_bytes == 0 and whole.scratch_bytes == 36 * weights
+    assert sum(whole.device_bytes.values()) - sum(some.device_bytes.values()) > 13 * weights
+
+
 def test_weights_gradients_and_moments_are_what_torch_holds(make_model: Any) -> None:
     model, held = make_model("llama"), 0
     optimizer = torch.optim.AdamW(model.parameters())

@@ -252,12 +252,17 @@ def _not_found() -> RepositoryNotFoundError:
     )
 
 
+_UNCORRECTED: dict[str, Any] = {
+    "correction_steps": 0, "correction_batch_sequences": 4, "correction_learning_rate": 1e-5, "correction_rank": None,
+}  # fmt: skip
+
+
 def _local(path: Path) -> CheckpointTeacher:
-    return CheckpointTeacher(kind="local", path=path, load="fp32")
+    return CheckpointTeacher(kind="local", path=path, load="fp32", **_UNCORRECTED)
 
 
 def _hub(revision: str) -> CheckpointTeacher:
-    return CheckpointTeacher(kind="hub", name="some/model", revision=revision, load="bf16")
+    return CheckpointTeacher(kind="hub", name="some/model", revision=revision, load="bf16", **_UNCORRECTED)
 
 
 def _source(path: Path, load: str, device_map: str | None) -> TeacherSource:
