@@ -105,7 +105,7 @@ STAGES = {
         Stage(
             "distill",
             ("submodel", "distill", "seed", "threads"),
-            (*_MODELS, *_PACKING),
+            (*_MODELS, *_PACKING, "pipeline/evaluation"),
             ("clean", "teacher", "targets"),
             "artifacts/students/{}",
         ),

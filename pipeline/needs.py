@@ -190,19 +190,23 @@ def _distill(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     measured = (1 + runs) * 2 * config.runtime.evaluation_sequences * length * sizes.forward_flops(length)
     if (larger := family.submodels.get(config.submodel.cut_from)) is not None:
         measured += distill.importance_sequences * length * larger.forward_flops(length)
-    device = _training_bytes(sizes, config, bf16, distill.batch_sequences, others=runs - 1)
+    longest = distill.context.sequence_tokens if distill.context.steps else 0
+    device = _training_bytes(sizes, config, bf16, distill.batch_sequences, runs - 1, longest)
     if taught:
         learns_from_teacher = config.submodel.learns_from == "teacher"
         name = "teacher.load" if learns_from_teacher else "submodel.learns_from"
         device[name] = _teacher_bytes(config, master) if learns_from_teacher else 4.0 * master.params
+    context = distill.context
+    long_tokens = context.steps * context.batch_sequences * context.sequence_tokens
     pruned = 4.0 * sizes.params if config.submodel.checkpoint is None else 0.0
-    phases = [distill.steps] * runs + [distill.on_policy_steps]
+    phases = [distill.steps] * runs + [distill.on_policy_steps, context.steps]
     return Needs(
         4.0 * sizes.params,
         _PROCESS_BYTES + _copied_bytes(sizes, config, distill.steps) + 3.0 * length * sizes.vocab_size * 4,
         scratch_bytes=pruned + sum(_state_bytes(sizes, config, steps) for steps in phases),
         device_bytes=device,
-        training_flops=(runs * trained + spoken) * sizes.training_flops(length),
+        training_flops=(runs * trained + spoken) * sizes.training_flops(length)
+        + long_tokens * sizes.training_flops(context.sequence_tokens),
         forward_flops=taught + measured,
         steps=sum(phases),
     )
@@ -281,7 +285,7 @@ def _teacher_bytes(config: Config, sizes: ModelSizes) -> float:
 
 
 def _training_bytes(
-    sizes: ModelSizes, config: Config, bf16: bool, batch_sequences: int, others: int = 0
+    sizes: ModelSizes, config: Config, bf16: bool, batch_sequences: int, others: int = 0, longest_tokens: int = 0
 ) -> dict[str, float]:
     """Weights, gradients and moments in fp32, what autograd keeps of one forward pass, and logits of a chunk.
 
@@ -291,6 +295,7 @@ def _training_bytes(
     """
     distill = config.distill
     tokens = min(distill.micro_sequences, batch_sequences) * distill.sequence_tokens
+    tokens = max(tokens, longest_tokens)
     product = 2.0 if bf16 else 4.0
     queries, values = sizes.head_dim * sizes.num_attention_heads, sizes.head_dim * sizes.num_key_value_heads
     inputs = (5 if bf16 else 2) * sizes.hidden_size

@@ -156,6 +156,22 @@ class SubmodelConfig(_Strict):
         return self
 
 
+class ContextConfig(_Strict):
+    """A longer context: YaRN, and training on long sequences at the very end."""
+
+    factor: Annotated[float, Field(ge=1, le=64)]
+    steps: Annotated[int, Field(ge=0)]
+    sequence_tokens: Annotated[int, Field(ge=64, le=131_072)]
+    batch_sequences: Count
+    learning_rate: Rate
+    retrieval_ratio: Annotated[float, Field(ge=0, le=1)]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the student is stretched or trained on long sequences at all."""
+        return self.factor > 1 or self.steps > 0
+
+
 class DistillConfig(_Strict):
     """Teacher signal and training of the students."""
 
@@ -187,6 +203,7 @@ class DistillConfig(_Strict):
     on_policy_ratio: Annotated[float, Field(gt=0, le=1)]
     on_policy_prompt_tokens: Count
     on_policy_tokens: Count
+    context: ContextConfig
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:

@@ -77,25 +77,32 @@ class LongMixture:
     text_counts: bool = True
 
 
-def extend_context(model: Any, yarn: Yarn) -> None:
-    """Stretch a model's context in place: its configuration, which is saved with it, and its rotary embedding.
+def require_stretchable(model: Any, yarn: Yarn) -> None:
+    """Refuse what ``extend_context`` would.
 
     Raises:
         UserError: The numbers are out of range, or the model has no plain rotary embedding to stretch.
     """
-    config = model.config
-    _check(config, yarn)
-    decoder = model.get_decoder()
-    rotary = getattr(decoder, "rotary_emb", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
+    _check(model.config, yarn)
+    parameters = getattr(model.config, "rope_parameters", None) or {}
     kind = parameters.get("rope_type", "default")
-    if rotary is None or "rope_theta" not in parameters or kind != "default":
+    if getattr(model.get_decoder(), "rotary_emb", None) is None or "rope_theta" not in parameters or kind != "default":
         raise UserError(
             "context", f"{type(model).__name__} with rope_type {kind}", "a model with plain rotary embeddings",
             "start from the checkpoint that was trained on short sequences",
         )  # fmt: skip
-    stretched = copy.deepcopy(config)
-    stretched.rope_parameters = yarn.parameters(parameters["rope_theta"])
+
+
+def extend_context(model: Any, yarn: Yarn) -> None:
+    """Stretch a model's context in place: its configuration, which is saved with it, and its rotary embedding.
+
+    Raises:
+        UserError: As ``require_stretchable``.
+    """
+    require_stretchable(model, yarn)
+    config, decoder = model.config, model.get_decoder()
+    rotary, stretched = decoder.rotary_emb, copy.deepcopy(config)
+    stretched.rope_parameters = yarn.parameters(config.rope_parameters["rope_theta"])
     stretched.max_position_embeddings = yarn.context_tokens
     fresh = type(rotary)(config=stretched).to(rotary.inv_freq.device)  # float32: bfloat16 loses far positions
     config.rope_parameters, config.max_position_embeddings = stretched.rope_parameters, yarn.context_tokens

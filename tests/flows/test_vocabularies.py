@@ -6,10 +6,7 @@ One keeps a part of the teacher's tokens, one starts from a checkpoint with anot
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +29,7 @@ from pipeline.settings import Config
 from pipeline.stages import report
 from pipeline.stages.adapter import AdapterContext, AdapterSettings, run_action
 from tests.flows.conftest import FinishedRun, run_edge
+from tests.flows.stages_here import in_this_process, layout_beside
 
 pytestmark = [pytest.mark.flow, pytest.mark.xdist_group("run")]
 NAMES = ("trimmed", "own")
@@ -49,12 +47,7 @@ class Family:
 @pytest.fixture(scope="module")
 def family(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Beside the corpus, teacher and targets of the finished run; stages run in this process, which saves imports."""
-    layout = Layout(tmp_path_factory.mktemp("vocabularies"))
-    for folder in ("corpus", "teacher", "targets"):
-        shutil.copytree(getattr(finished.layout, folder), getattr(layout, folder))
-        shutil.copy2(
-            finished.layout.metrics({"corpus": "clean"}.get(folder, folder)), _made(layout.metrics("x").parent)
-        )
+    layout = layout_beside(finished, tmp_path_factory.mktemp("vocabularies") / "run")
     checkpoint = write_checkpoint(layout, tmp_path_factory.mktemp("checkpoint"))
     values = load_configs([
         "experiment=ci", "submodel=ci_tiny", "distill.loss=aligned", "distill.signal=online", "distill.steps=10",
@@ -82,18 +75,6 @@ def write_checkpoint(layout: Layout, folder: Path) -> Path:
     config = Qwen3Config(**sizes, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def in_this_process() -> Iterator[None]:
-    """What stages set for their process is undone."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
-            patch.setenv(name, "1")
-        yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def _made(folder: Path) -> Path:
