@@ -22,12 +22,15 @@ _TOKENS_A_NEEDLE = 32  # with its question about half of them: the other half is
 _DEPTHS, _TRIALS, _SINK_TOKENS = (0.0, 0.25, 0.5, 0.75, 1.0), 8, 4
 
 
-def require_context(student: Any, context: ContextConfig) -> None:
+def require_context(student: Any, text: StudentText, context: ContextConfig) -> None:
     """Refuse a context that the student cannot have, before it is trained.
 
     Raises:
-        UserError: Sequences longer than the context, or rotary embeddings that cannot be stretched.
+        UserError: Sequences longer than the context, rotary embeddings that cannot be stretched, or a tokenizer
+            without words.
     """
+    if context.changes:
+        _needle_format(text)
     own = student.config.max_position_embeddings
     if context.factor > 1:
         require_stretchable(student, Yarn(context.factor, own))
@@ -52,14 +55,18 @@ def learn_long_context(run: StageRun, student: Any, text: StudentText, held_out:
         History, perplexity by position and recall by depth, with full attention and with a window and sinks.
 
     Raises:
-        UserError: As ``train_long``; or the tokenizer has too few whole words for sentences to be found again.
+        UserError: As ``train_long``.
     """
     context, own = run.config.distill.context, student.config.max_position_embeddings
-    form = needle_format(Tokenizer.from_file(str(text.tokenizer / "tokenizer.json")))
+    form = _needle_format(text)
     if context.factor > 1:
         extend_context(student, Yarn(context.factor, own))
     history = _train(run, student, text, form) if context.steps else []
     return {"history": history, **_measured(run, student, form, held_out.ravel(), own)}
+
+
+def _needle_format(text: StudentText) -> NeedleFormat:
+    return needle_format(Tokenizer.from_file(str(text.tokenizer / "tokenizer.json")))
 
 
 def _train(run: StageRun, student: Any, text: StudentText, form: NeedleFormat) -> Any:

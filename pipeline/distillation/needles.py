@@ -20,6 +20,7 @@ from pipeline.distillation.batches import Sequences
 Ids = NDArray[np.int32]
 
 _WORD = re.compile("[ \u2581\u0120][a-z]{3,12}")  # a space as such, as sentencepiece or as GPT-2 writes it
+_LETTERS = re.compile("[ \u2581\u0120]?[a-z]{1,12}")
 _OPENING, _CLOSING = "\nNote:", "\n"
 _MIN_WORDS = 32
 _LATE_SHARE, _LATE_FROM = 0.5, 0.9  # half of the questions come in the last tenth: those are the far ones
@@ -63,16 +64,19 @@ class Needles:
 
 
 def needle_format(tokenizer: Tokenizer, key_words: int = 2, value_words: int = 2) -> NeedleFormat:
-    """Needles in a tokenizer's own words: lower-case words that are one token.
+    """Needles in a tokenizer's own words: lower-case words that are one token; in a very small one, parts of words.
 
     Raises:
-        UserError: It has fewer than 32 of them, or a number of words is out of range.
+        UserError: It has fewer than 32 of either, or a number of words is out of range.
     """
     if not 1 <= key_words <= 3 or not 1 <= value_words <= 8:
         raise UserError("needles", f"{key_words} and {value_words} words", "1 to 3 of a key, 1 to 8 of a value")
-    words = sorted(token for text, token in tokenizer.get_vocab().items() if _WORD.fullmatch(text))
-    if len(words) < _MIN_WORDS:
-        raise UserError("tokenizer", f"{len(words)} whole words", f"at least {_MIN_WORDS}", "take a larger vocabulary")
+    vocabulary = tokenizer.get_vocab().items()
+    choices = [sorted(token for text, token in vocabulary if form.fullmatch(text)) for form in (_WORD, _LETTERS)]
+    words = next((words for words in choices if len(words) >= _MIN_WORDS), None)
+    if words is None:
+        found = f"{len(choices[-1])} words and parts of words"
+        raise UserError("tokenizer", found, f"at least {_MIN_WORDS}", "take a larger vocabulary")
     opening, closing = (
         np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in (_OPENING, _CLOSING)
     )

@@ -30,7 +30,7 @@ def run(run: StageRun) -> None:
     text = prepare_text(config, run.layout, run.output)
     sequences, held_out = text.sequences(), HeldOut.open(text.folder)
     student, label = start_student(run, text), f"distill {run.submodel}"
-    require_context(student, distill.context)
+    require_context(student, text, distill.context)
     metrics: dict[str, Any] = {"pruned": measure(student, held_out)}
     baseline = random_student(student, shape_of(student.config), config.seed) if distill.from_scratch_baseline else None
     plan = train_plan(config, distill.steps, distill.batch_sequences, distill.learning_rate)

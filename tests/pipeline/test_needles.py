@@ -38,8 +38,14 @@ def test_words_are_single_tokens_of_the_tokenizer(tokenizer: Tokenizer, form: Ne
     assert tokenizer.decode([*form.opening, *form.words[:4], *form.closing]) == "\nNote:" + "".join(texts[:4]) + "\n"
 
 
+def test_a_small_tokenizer_lends_parts_of_words() -> None:
+    small = train_tokenizer(["the quick brown fox jumps over the lazy dog\nNote:\n"] * 3, 330)
+    texts = [small.decode([int(word)]) for word in needle_format(small).words]
+    assert len(set(texts)) == len(texts) >= 32 and all(text.strip().isalpha() for text in texts)
+
+
 def test_tokenizers_and_numbers_that_make_no_needles_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="whole words"):
+    with pytest.raises(UserError, match="words and parts of words"):
         needle_format(train_tokenizer(["no words here to speak of"], 262))
     for words in ((0, 2), (4, 2), (2, 0), (2, 9)):
         with pytest.raises(UserError, match="1 to 3 of a key"):
