@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,14 @@ class Layout:
         return self.root / ".cache" / "checkpoints" / f"{stage}-{fingerprint[:16]}"
 
 
+Observer = Callable[[int, Mapping[str, float]], None]
+
+
+def unwatched(_label: str) -> Observer | None:
+    """Nobody looks on."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class StageRun:
     """What one execution of a stage gets.
@@ -105,12 +113,14 @@ class StageRun:
     Attributes:
         output: An empty folder; it takes the stage's place when the stage ends well.
         checkpoint: Where unfinished work may be kept; named after everything the result depends on.
+        watch: Gives the observer of a training by its label, where somebody looks on while it goes on.
     """
 
     config: Config
     layout: Layout
     output: Path
     checkpoint: Path
+    watch: Callable[[str], Observer | None] = unwatched
 
     @property
     def submodel(self) -> str:

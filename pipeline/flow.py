@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import (
     PROJECT,
     Layout,
+    Observer,
     StageRun,
     atomic_directory,
     content_digest,
@@ -26,11 +28,12 @@ from pipeline.artifacts import (
     recorded_fingerprint,
     sole_writer,
     tree_digest,
+    unwatched,
     write_record,
 )
 from pipeline.progress import CONSOLE
 from pipeline.settings import Config
-from pipeline.torchrun import follow_first, is_first, process_count
+from pipeline.torchrun import TRAINING_STAGES, follow_first, is_first, process_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +239,10 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
         prepare_process(stage, config)
         CONSOLE.print(f"{label} ...")
         start_s = time.monotonic()
-        with atomic_directory(stage.output(layout, config.submodel.name)) as output:
-            _run_stage(stage, StageRun(config, layout, output, layout.checkpoint(stage.name, digest)))
+        checkpoint = layout.checkpoint(stage.name, digest)
+        place = stage.output(layout, config.submodel.name)
+        with atomic_directory(place) as output, _watched(stage, config, digest) as watch:
+            _run_stage(stage, StageRun(config, layout, output, checkpoint, watch))
         write_record(layout, stage.output(layout, config.submodel.name), digest, round(time.monotonic() - start_s, 2))
     return True
 
@@ -283,6 +288,18 @@ def _run_stage(stage: Stage, run: StageRun) -> None:
 
         join_processes()  # before anything is loaded: each takes its own GPU
     import_module(f"pipeline.stages.{stage.name}").run(run)
+
+
+@contextmanager
+def _watched(stage: Stage, config: Config, digest: str) -> Iterator[Callable[[str], Observer | None]]:
+    """Trainings in MLflow while they go on, where the settings say so."""
+    if not (config.track.live and stage.name in TRAINING_STAGES):
+        yield unwatched
+        return
+    from pipeline.tracking_training import training_runs
+
+    with training_runs(PROJECT / config.track.store, digest[:16]) as watch:
+        yield watch
 
 
 def _setting(values: Any, path: str) -> Any:

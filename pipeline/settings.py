@@ -303,6 +303,7 @@ class TrackConfig(_Strict):
 
     store: Path
     port: Annotated[int, Field(ge=1024, le=65535)]
+    live: bool
 
 
 class RuntimeConfig(_Strict):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,19 @@ def log_numbers(client: Any, run_id: str, numbers: Sequence[tuple[str, float, in
     # MLflow takes a thousand a call.
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def log_figures(client: Any, run_id: str, figures: Mapping[str, float], step: int) -> str | None:
+    """Log what a step came to, now; what went wrong in a line, or None."""
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    now_ms = time.time_ns() // 1_000_000
+    try:
+        client.log_batch(run_id, metrics=[Metric(name, value, now_ms, step) for name, value in figures.items()])
+    except MlflowException as error:
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def ensure_logged_model(

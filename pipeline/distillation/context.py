@@ -20,7 +20,7 @@ from pipeline.distillation.batches import Sequences
 from pipeline.distillation.checkpoints import History
 from pipeline.distillation.needles import NeedleFormat, add_retrieval
 from pipeline.distillation.objectives import Objective, text_objective
-from pipeline.distillation.trainer import TrainPlan, train
+from pipeline.distillation.trainer import Observer, TrainPlan, train
 
 _MAX_FACTOR = 64.0
 
@@ -142,6 +142,7 @@ def train_long(
     checkpoint: Path,
     label: str,
     objective: Objective | None = None,
+    observe: Observer | None = None,
 ) -> History:
     """The long phase: the one training loop over ``mix_long``.
 
@@ -154,6 +155,7 @@ def train_long(
         checkpoint: A folder of this run alone.
         label: For people.
         objective: None: the text itself; or a teacher's signal, which the teacher gives for the same sequences.
+        observe: See ``train``.
 
     Raises:
         UserError: The sequences are longer than the model's context, or as ``mix_long`` and ``train``.
@@ -165,7 +167,9 @@ def train_long(
         )
     sequences = mix_long(text, form, mixture, plan.seed)
     identity = f"long context {sorted(asdict(mixture).items())}"
-    return train(model, objective or text_objective(), sequences, plan, checkpoint, label, identity=identity)
+    return train(
+        model, objective or text_objective(), sequences, plan, checkpoint, label, identity=identity, observe=observe
+    )
 
 
 def rotary_tables(model: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

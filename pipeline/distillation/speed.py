@@ -5,12 +5,10 @@ For people and MLflow only; nothing that a result depends on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +50,11 @@ class Speedometer:
             self._figures = self._measure()
         return self._figures
 
+    def left(self, steps: int) -> Mapping[str, float]:
+        """``left_s``: seconds that so many more steps will take; nothing before the rate is known."""
+        rate = self._figures.get("tokens_per_s")
+        return {} if rate is None else {"left_s": steps * self.tokens_per_step / rate}
+
     def _measure(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         elapsed_s = self._times_s[-1] - self._times_s[0]
@@ -62,31 +65,6 @@ class Speedometer:
                 figures["mfu"] = rate * self.flops_per_token / self.peak_flops
         figures["memory_bytes"] = float(memory_bytes(self.device))
         return figures
-
-
-def log_to(path: Path) -> Callable[[int, Mapping[str, float]], None]:
-    """An observer of training that appends a line of JSON to ``path``: outside of outputs, which hold no timing."""
-
-    def observe(step: int, figures: Mapping[str, float]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-
-    return observe
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """What ``log_to`` wrote, by step; of one taken twice, after an interruption, the last. A cut line is left out."""
-    if not path.exists():
-        return []
-    entries: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            entries[int(entry["step"])] = entry
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [entries[step] for step in sorted(entries)]
 
 
 def describe(figures: Mapping[str, float]) -> str:

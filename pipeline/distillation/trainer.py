@@ -61,7 +61,7 @@ from pipeline.progress import progress
 
 __all__ = ["TrainPlan", "batch_rows", "computes_bf16", "discard_checkpoint", "learning_rate", "train"]
 Observer = Callable[[int, Mapping[str, float]], None]
-"""(step, figures): loss, learning_rate, gradient_norm, tokens_per_s, mfu, memory_bytes; timings differ every time."""
+"""(step, figures): loss, learning_rate, gradient_norm, and timings: tokens_per_s, mfu, memory_bytes, left_s."""
 
 _BETAS, _EPS, _MOMENTS = (0.9, 0.95), 1e-8, ("step", "exp_avg", "exp_avg_sq")
 
@@ -180,7 +180,7 @@ def train(
                         {"step": step, "loss": round(figures["loss"], 5), "learning_rate": figures["learning_rate"]}
                     )
                     if observe is not None and processes.index == 0:
-                        observe(step, {**figures, **timings})
+                        observe(step, {**figures, **timings, **speed.left(plan.steps - step)})
                 report(step, f"loss {figures['loss']:.3f}, {describe(timings)}")
                 if step % plan.checkpoint_every_steps == 0 and step < plan.steps:
                     write(TrainState(step, list(history), _tensors(training)))

@@ -39,7 +39,7 @@ def run(run: StageRun) -> None:
         metrics["history"] = train(
             student, objective_of(source, loss, hidden), sequences, plan, run.checkpoint / "student", label,
             identity=f"{tree_digest(run.layout.teacher)} {loss}{hidden or ''}",
-            prepare=getattr(source, "prepare", None),
+            prepare=getattr(source, "prepare", None), observe=run.watch(label),
         )  # fmt: skip
     if distill.on_policy_steps:
         metrics["on_policy_history"] = _learn_on_policy(run, student, text)
@@ -54,7 +54,7 @@ def run(run: StageRun) -> None:
         baseline.to(student.device)
         train(
             baseline, text_objective(distill.chunk_tokens), sequences, plan, run.checkpoint / "baseline",
-            f"{label}, from scratch",
+            f"{label}, from scratch", observe=run.watch(f"{label}, from scratch"),
         )  # fmt: skip
         metrics["from_scratch"] = measure(baseline, held_out)
     if join_processes().index == 0:
@@ -102,7 +102,7 @@ def _learn_on_policy(run: StageRun, student: Any, text: StudentText) -> Any:
     from pipeline.distillation.teachers import eos_ids
     from pipeline.distillation.trainer import train
 
-    config, distill = run.config, run.config.distill
+    config, distill, label = run.config, run.config.distill, f"distill {run.submodel}, on-policy"
     sampling = Sampling(
         distill.on_policy_ratio, distill.on_policy_prompt_tokens, distill.on_policy_tokens, 1.0,
         tuple(eos_ids(student.config)), config.seed, uses_bf16(config),
@@ -113,6 +113,6 @@ def _learn_on_policy(run: StageRun, student: Any, text: StudentText) -> Any:
     return train(
         student, on_policy_objective(objective_of(open_model(run, text, student), loss), sampling), text.sequences(),
         train_plan(config, distill.on_policy_steps, distill.batch_sequences, distill.learning_rate / 10),
-        run.checkpoint / "on_policy", f"distill {run.submodel}, on-policy",
-        identity=f"{tree_digest(run.layout.teacher)} {sampling} {loss}",
+        run.checkpoint / "on_policy", label,
+        identity=f"{tree_digest(run.layout.teacher)} {sampling} {loss}", observe=run.watch(label),
     )  # fmt: skip

@@ -72,6 +72,7 @@ def _correct(run: StageRun, teacher: CheckpointTeacher) -> None:
     model, history = correct_teacher(
         model, Sequences(packed.tokens, packed.counts), plan, run.checkpoint,
         lora=_adapter(teacher, config.seed), chunk_tokens=config.distill.chunk_tokens,
+        observe=run.watch("teacher correction"),
     )  # fmt: skip
     for parameter in model.parameters():  # only these: angles of the rotary embedding stay fp32, as when loaded
         parameter.data = parameter.data.to(loaded_as)
@@ -137,7 +138,10 @@ def _train(run: StageRun, teacher: FromScratchTeacher) -> None:
     )  # fmt: skip
     plan = train_plan(config, teacher.steps, teacher.batch_sequences, teacher.learning_rate)
     sequences = Sequences(packed.tokens, packed.counts)
-    history = train(model, text_objective(config.distill.chunk_tokens), sequences, plan, run.checkpoint, "teacher")
+    history = train(
+        model, text_objective(config.distill.chunk_tokens), sequences, plan, run.checkpoint, "teacher",
+        observe=run.watch("teacher"),
+    )  # fmt: skip
     if join_processes().index:
         return
     model.save_pretrained(run.output)

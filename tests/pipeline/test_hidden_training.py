@@ -82,7 +82,9 @@ def test_however_it_is_computed_the_student_is_the_same(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     compile_really = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile_really(function, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_really(function, backend="eager", **options)
+    )
     plans = [replace(PLAN, steps=3), replace(PLAN, steps=3, **change)]
     students = [_train(make_model, tmp_path / str(number), plan) for number, plan in enumerate(plans)]
     for found, expected in zip(*(student.parameters() for student in students), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,8 @@ from pipeline.distillation.correction import LoraSettings, add_lora
 from pipeline.distillation.speed import (
     Speedometer,
     describe,
-    log_to,
     memory_bytes,
     peak_flops,
-    read_log,
     training_flops_per_token,
 )
 from tests.pipeline.conftest import VOCABULARY, MakeModel
@@ -94,15 +91,12 @@ def test_memory_grows_with_what_is_held() -> None:
     assert memory_bytes(CPU) - before > 0.9 * held.nbytes
 
 
-def test_a_log_takes_the_last_of_a_step_and_survives_a_cut_line(tmp_path: Path) -> None:
-    path = tmp_path / "speed" / "distill.jsonl"
-    assert read_log(path) == []
-    for step, rate in ((1, 5.0), (2, 6.0)):
-        log_to(path)(step, {"tokens_per_s": rate})
-    with path.open("a") as file:
-        file.write('{"step": 3, "tok\n')
-    log_to(path)(2, {"tokens_per_s": 7.0})
-    assert read_log(path) == [{"step": 1, "tokens_per_s": 5.0}, {"step": 2, "tokens_per_s": 7.0}]
+def test_the_time_left_is_the_rest_at_the_present_rate() -> None:
+    meter = Speedometer(1_000, 0.0, None, CPU, clock=iter([10.0, 12.0]).__next__)
+    assert meter.left(5) == {}
+    for _ in range(2):
+        meter.count()
+    assert meter.left(5) == {"left_s": 10.0}
 
 
 def _counted(model: Any) -> float:

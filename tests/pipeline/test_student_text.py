@@ -35,7 +35,7 @@ from pipeline.distillation.teachers import load_checkpoint, read_source
 from pipeline.distillation.token_bytes import text_bytes
 from pipeline.distillation.vocabulary import token_pieces
 from pipeline.plan import require_checkpoints
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import Config
 from pipeline.stages import distill, targets
 from pipeline.stages.evaluate import gate_reasons
 from tests.pipeline.conftest import TEXTS, VOCABULARY, MakeModel
@@ -331,7 +331,8 @@ def test_what_does_not_go_together_is_one_line_before_any_work(layout: Layout, o
     config = configured(submodel={"checkpoint": own, "vocab_size": 290})
     with pytest.raises(UserError, match=r"^submodel\.vocab_coverage, vocab_size: got 'given, and .*its own', allowed"):
         require_checkpoint(own, layout.root / TEACHER, config.submodel, aligned=True)
-    teacher = CheckpointTeacher(kind="local", path=layout.root / TEACHER, load="fp32")
+    local = ["experiment=ci", "submodel=ci_tiny", "teacher=local", f"teacher.path={layout.root / TEACHER}"]
+    teacher = load_configs(local)["ci_tiny"].teacher
     by_ids, by_words = (configured(submodel={"checkpoint": own}, distill=loss) for loss in ({}, ALIGNED))
     by_ids, by_words = (each.model_copy(update={"teacher": teacher}) for each in (by_ids, by_words))
     require_checkpoints([configured(), by_words])
