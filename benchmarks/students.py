@@ -1,4 +1,4 @@
-"""What a student's start is worth: cut or random, taught by its teacher or by text, direct or chained.
+"""What a student's start is worth: cut or random, taught by teacher or text, online or stored, direct or chained.
 
 The same tokens, the same shape, several seeds (order of the batches, random weights); KL to the teacher and perplexity
 on held-out text, the mean over seeds with its standard deviation. A chain's first student spends as many tokens as
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,15 @@ from pipeline.distillation.objectives import LossSettings, signal_objective, tex
 from pipeline.distillation.pruning import StudentShape, measure_importance, prune, random_student, student_shape
 from pipeline.distillation.recording import model_logits
 from pipeline.distillation.scoring import agreement, perplexity
-from pipeline.distillation.signals import OnlineSource
+from pipeline.distillation.signals import OnlineSource, SignalSource, StoredSource
+from pipeline.distillation.stored_targets import StoredTargets, record_targets
+from pipeline.distillation.target_codec import TargetKind
 from pipeline.distillation.trainer import TrainPlan, train
 
 IMPORTANCE_SEQUENCES, BATCH_OF_IMPORTANCE = 64, 8
+DRAWS = 32
+STORED = {"stored draws": TargetKind.DRAWS, "stored top-k": TargetKind.TOP_K}
+ONLINE = "cut + teacher (KD)"
 MIDDLE = (0.75, 0.73, 0.75, 0.8)
 
 
@@ -63,14 +69,21 @@ def main() -> int:
             f"Teacher: {_millions(trial.teacher)} M parameters; perplexity {score:.2f} on {trial.held_out.size} tokens"
         )
         print(f"Student: {trial.small}; between, in a chain: {trial.middle}. Learning rate {options.learning_rate}.\n")
-        _print_table(trial, {
+        found = _print_table(trial, {
             "random, no training": lambda seed: _random(trial, seed),
             "cut from the teacher, no training": lambda seed: _cut(trial, trial.teacher, trial.small),
             "random + text (CE)": lambda seed: _learn(trial, _random(trial, seed), seed, None),
             "random + teacher (KD)": lambda seed: _learn(trial, _random(trial, seed), seed, trial.teacher),
             "cut + text (CE)": lambda seed: _learn(trial, _cut(trial, trial.teacher, trial.small), seed, None),
-            "cut + teacher (KD)": lambda seed: _direct(trial, seed, 1),
+            ONLINE: lambda seed: _direct(trial, seed, 1),
         })  # fmt: skip
+        print(f"\n#### Stored ({DRAWS} a position, recorded once) against online (above)\n")
+        found |= _print_table(trial, {
+            f"cut + {name}": partial(_stored, trial, kind) for name, kind in STORED.items()
+        })  # fmt: skip
+        for name in STORED:
+            ratios = found[f"cut + {name}"][:, 0] / found[ONLINE][:, 0]
+            print(f"KL from {name}: {ratios.mean():.4f} ± {_deviation(ratios):.4f} of that online, seed by seed")
         print("\n#### Direct (above, with one share of the tokens) against chained\n")
         _print_table(trial, {
             "direct, twice the tokens": lambda seed: _direct(trial, seed, 2),
@@ -135,6 +148,17 @@ def _direct(trial: Trial, seed: int, times: int) -> Any:
     return _learn(trial, _cut(trial, trial.teacher, trial.small), seed, trial.teacher, times)
 
 
+def _stored(trial: Trial, kind: TargetKind, seed: int) -> Any:
+    """Targets of the first share, recorded for the first seed and read by all."""
+    folder, options = trial.scratch / kind.name, trial.options
+    tokens = trial.train[: options.steps * options.batch_sequences]
+    if not folder.exists():
+        for _ in record_targets(trial.teacher, tokens, folder, draws=DRAWS, seed=0, bf16=False, kind=kind):
+            pass
+    student = _cut(trial, trial.teacher, trial.small)
+    return _train(trial, student, seed, tokens, StoredSource(StoredTargets.open(folder)), LossKind.SAMPLED_KL)
+
+
 def _chained(trial: Trial, seed: int, *, by_middle: bool) -> Any:
     middle = _learn(trial, _cut(trial, trial.teacher, trial.middle), seed, trial.teacher)
     student = _cut(trial, middle, trial.small)
@@ -143,22 +167,30 @@ def _chained(trial: Trial, seed: int, *, by_middle: bool) -> Any:
 
 def _learn(trial: Trial, student: Any, seed: int, teacher: Any | None, times: int = 1, first: int = 0) -> Any:
     """Train on ``times`` shares of the tokens, from share ``first`` on; ``teacher`` None learns from text."""
-    options = trial.options
+    options, source = trial.options, None if teacher is None else OnlineSource.open(teacher.eval(), bf16=False)
     share = min(options.steps * options.batch_sequences, len(trial.train))
     start = first * share if len(trial.train) >= (first + times) * share else 0
+    return _train(trial, student, seed, trial.train[start : start + times * share], source, LossKind.FORWARD_KL)
+
+
+def _train(
+    trial: Trial, student: Any, seed: int, tokens: NDArray[np.int32], source: SignalSource | None, kind: LossKind
+) -> Any:
+    """Each of the tokens once."""
+    options = trial.options
     plan = TrainPlan(
-        steps=times * options.steps, batch_sequences=options.batch_sequences, learning_rate=options.learning_rate,
-        weight_decay=0.01, warmup_ratio=0.05, bf16=False, seed=seed, checkpoint_every_steps=10**9,
+        steps=len(tokens) // options.batch_sequences, batch_sequences=options.batch_sequences,
+        learning_rate=options.learning_rate, weight_decay=0.01, warmup_ratio=0.05, bf16=False, seed=seed,
+        checkpoint_every_steps=10**9,
     )  # fmt: skip
-    objective = text_objective()
-    if teacher is not None:
-        objective = signal_objective(OnlineSource.open(teacher.eval(), bf16=False), LossSettings(LossKind.FORWARD_KL))
-    sequences = Sequences(trial.train[start : start + times * share])
-    train(student, objective, sequences, plan, trial.scratch / "checkpoint", "student")
+    objective = text_objective() if source is None else signal_objective(source, LossSettings(kind))
+    train(student, objective, Sequences(tokens), plan, trial.scratch / "checkpoint", "student")
     return student.eval()
 
 
-def _print_table(trial: Trial, methods: dict[str, Callable[[int], Any]]) -> None:
+def _print_table(trial: Trial, methods: dict[str, Callable[[int], Any]]) -> dict[str, NDArray[np.float64]]:
+    """Print a row for each method; returns its figures (seeds, 3): KL, perplexity, same first choice."""
+    found_by_name = {}
     print("| start and teacher | M parameters | KL to the teacher | perplexity | same first choice, % |")
     print("|---|---|---|---|---|")
     reference = [logits.copy() for logits in model_logits(trial.teacher, trial.held_out)]
@@ -169,15 +201,21 @@ def _print_table(trial: Trial, methods: dict[str, Callable[[int], Any]]) -> None
             logits = list(model_logits(student, trial.held_out))
             found = agreement(reference, logits)
             figures.append((found.kl, perplexity(logits, trial.held_out), 100 * found.top1))
-        cells = " | ".join(_cells(np.array(figures)))
+        found_by_name[name] = np.array(figures)
+        cells = " | ".join(_cells(found_by_name[name]))
         print(f"| {name} | {_millions(student)} | {cells} |", flush=True)
+    return found_by_name
 
 
 def _cells(figures: NDArray[np.float64]) -> Iterator[str]:
     """Mean and standard deviation over seeds of each column (seeds, columns)."""
-    spread = figures.std(axis=0, ddof=1) if len(figures) > 1 else np.zeros(figures.shape[1])
+    spread = [_deviation(column) for column in figures.T]
     for mean, deviation, digits in zip(figures.mean(axis=0), spread, (4, 3, 1), strict=True):
         yield f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def _deviation(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def _millions(model: Any) -> str:
