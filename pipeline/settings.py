@@ -116,7 +116,7 @@ class CheckpointTeacher(_Strict):
             raise ValueError("path is required by kind=local (teacher.path=DIR)")
         if self.kind == "hub" and not self.name:
             raise ValueError("name is required by kind=hub (teacher.name=ORG/MODEL)")
-        if self.correction_steps and self.load in ("int8", "int4"):
+        if self.correction_steps and self.load in ("float8", "int8", "int4"):
             raise ValueError(
                 f"load={self.load} cannot be corrected: students are cut from float weights; correct it with load=bf16"
                 f" correction_rank=16, then give that run's artifacts/teacher as teacher.path with load={self.load}"
