@@ -55,7 +55,9 @@ def objective_of(source: Source, loss: LossSettings | AlignedLoss, hidden: Hidde
     """Over ids, or over words where vocabularies differ."""
     if isinstance(source, AlignedSource) and isinstance(loss, AlignedLoss):
         return aligned_objective(source, loss)
-    return signal_objective(source, loss, hidden)  # type: ignore[arg-type]
+    if isinstance(source, AlignedSource) or isinstance(loss, AlignedLoss):
+        raise ValueError("an aligned source and an aligned loss go together")
+    return signal_objective(source, loss, hidden)
 
 
 @contextmanager
