@@ -262,12 +262,12 @@ def prepare_process(stage: Stage, config: Config) -> None:
     import torch
     from transformers.utils import logging
 
+    from pipeline.distillation.fast_layers import use_deterministic_kernels
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True)
-    # Memory that nothing wrote is read by nothing: filling it only costs time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    use_deterministic_kernels()
 
 
 def _follow(stage: Stage, config: Config, layout: Layout, label: str) -> bool:

@@ -1,4 +1,7 @@
-"""The loop that ``stage=distill`` runs, with everything around a step: batches made ahead, gradients cut."""
+"""The loop that ``stage=distill`` runs, with everything around a step: batches made ahead, gradients cut.
+
+Draws lie decoded in host memory: what reading and decoding shards costs is measured by ``stored_targets.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from benchmarks.distillation_trial.models import Setting, build_model
 from benchmarks.distillation_trial.steps import Case, draws_of
 from pipeline.distillation.batches import Batch, Sequences
 from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.fast_layers import use_deterministic_kernels
 from pipeline.distillation.objectives import LossSettings, signal_objective
 from pipeline.distillation.signals import OnlineSource, SparseSignal
 from pipeline.distillation.trainer import TrainPlan, train
@@ -73,13 +77,10 @@ def _signal(case: Case, setting: Setting) -> SparseSignal:
 
 @contextmanager
 def _as_a_stage() -> Iterator[None]:
-    """Deterministic algorithms, as every stage sets them."""
+    """With what every stage sets; the other cases go on without."""
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    use_deterministic_kernels()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

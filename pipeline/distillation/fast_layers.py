@@ -61,6 +61,12 @@ def hasten_teacher(teacher: Any, compiled: bool) -> Any:
     return teacher
 
 
+def use_deterministic_kernels() -> None:
+    """The same bits in every run of this process. Memory that nothing wrote is read by nothing: it is not filled."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch has no stub of it
+
+
 def uncompiled() -> Any:
     """A block in which compiled layers run as they are written: for few passes over shapes that do not come again."""
     return torch.compiler.set_stance("force_eager")

@@ -75,11 +75,11 @@ def _train(run: StageRun, student: Any, text: StudentText, form: NeedleFormat) -
     mixture = LongMixture(context.sequence_tokens, context.retrieval_ratio, needles, needles)
     plan = train_plan(config, context.steps, context.batch_sequences, context.learning_rate)
     # As many tokens a pass as on short sequences: memory was made for those.
-    passes = max(1, distill.micro_sequences * distill.sequence_tokens // context.sequence_tokens)
+    micro_sequences = max(1, distill.micro_sequences * distill.sequence_tokens // context.sequence_tokens)
     stream = text.sequences().tokens.reshape(-1)[: context.steps * context.batch_sequences * context.sequence_tokens]
     label = f"distill {run.submodel}, long context"
     return train_long(
-        student, stream, form, mixture, replace(plan, micro_sequences=passes), run.checkpoint / "long", label,
+        student, stream, form, mixture, replace(plan, micro_sequences=micro_sequences), run.checkpoint / "long", label,
         observe=run.watch(label),
     )  # fmt: skip
 
