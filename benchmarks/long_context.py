@@ -215,7 +215,8 @@ def recall_table(
         batch = max(1, 65_536 // tokens) if gpu else 4
         scores += needle_recall(
             model, text.form, text.held_out, pattern,
-            lengths=(tokens,), depths=depths, trials=trials, seed=seed, batch_sequences=batch, chunk_tokens=chunk, bf16=gpu,
+            lengths=(tokens,), depths=depths, trials=trials, seed=seed,
+            batch_sequences=batch, chunk_tokens=chunk, bf16=gpu,
         )  # fmt: skip
     return scores
 

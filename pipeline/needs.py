@@ -25,7 +25,7 @@ _DOCUMENTED_SHARE = 0.34  # of the sources of the packages in conf/data/python_l
 _CLEANED_BYTES_A_S = 1.2e6  # of one worker
 _TOKENIZER_BYTES_A_TOKEN = 60
 _HELD_OUT_DRAWS, _RECORDED_SEQUENCES, _RECORDED_POSITIONS = 64, 8, 1024  # as stages/targets.py has them
-_RATIOS = "submodel.width and the other ratios"
+RATIOS = "submodel.width and the other ratios"
 _STATES_KEPT = 2  # while a third is written
 _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
@@ -149,7 +149,7 @@ def _corrected(config: Config, teacher: CheckpointTeacher, sizes: ModelSizes, bf
     flops = tokens * sizes.training_flops(length)
     measured = 2 * config.runtime.evaluation_sequences * length * sizes.forward_flops(length)
     if teacher.correction_rank is not None:
-        device = {**device, _RATIOS: 0.0, "teacher.load": weights}
+        device = {**device, RATIOS: 0.0, "teacher.load": weights}
         return Needs(disk_bytes + weights, _PROCESS_BYTES, device_bytes=device, training_flops=flops * 2 / 3,
                      forward_flops=measured, steps=steps)  # fmt: skip
     return Needs(
@@ -309,7 +309,7 @@ def _training_bytes(
     chunk = 3 * 4.0 * min(distill.chunk_tokens, tokens) * sizes.vocab_size
     copies = 2.0 * sizes.params if bf16 else 0.0
     return {
-        _RATIOS: 16.0 * sizes.params + copies + 4.0 * others * sizes.params,
+        RATIOS: 16.0 * sizes.params + copies + 4.0 * others * sizes.params,
         "distill.micro_sequences, or distill.recompute=true": tokens * kept,
         "distill.chunk_tokens": chunk,
     }

@@ -20,7 +20,7 @@ from pipeline.config import family_chain
 from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
 from pipeline.distillation.chain import describe_chain
 from pipeline.flow import SHIP, Stage, why_run
-from pipeline.needs import Needs, estimate
+from pipeline.needs import RATIOS, Needs, estimate
 from pipeline.settings import CheckpointTeacher, Config, DataConfig
 from pipeline.sizes import FamilySizes, family_sizes
 
@@ -28,7 +28,7 @@ _WORTH_A_GPU_S = 3600  # below, a GPU waits for its next launch, and no rate of 
 _FILE_COLUMNS = 160  # into a file or a pipe nothing is wrapped
 _ADVICE = {
     "teacher.load": "teacher.load=int4, or distill.signal=stored so that it runs once",
-    "submodel.width and the other ratios": "smaller submodels (submodel.width, ffn, heads, depth)",
+    RATIOS: "smaller submodels (submodel.width, ffn, heads, depth)",
     "distill.micro_sequences, or distill.recompute=true": "distill.micro_sequences=1, then distill.recompute=true",
     "distill.chunk_tokens": "a lower distill.chunk_tokens",
     "distill.sequence_tokens": "a lower distill.sequence_tokens",
