@@ -59,7 +59,7 @@ def _shape(spec: DecoderSpec, name: str) -> tuple[int, ...]:
 
 
 def _refuse_grouping(name: str, tensor: QuantizedTensor) -> None:
-    rows, padded = tensor.codes.shape
+    rows, padded = tensor.shape[0], tensor.padded_columns
     group = tensor.group
     if tensor.bits not in (4, 8):
         raise ExportError(f"{name}: {tensor.bits} bits, ONNX Runtime takes 4 or 8 here")
@@ -67,6 +67,6 @@ def _refuse_grouping(name: str, tensor: QuantizedTensor) -> None:
         raise ExportError(f"{name}: group {group}, ONNX Runtime takes powers of two from {SMALLEST_GROUP}")
     if tensor.scales.shape != (rows, padded // group) or padded != -(-tensor.columns // group) * group:
         raise ExportError(
-            f"{name}: codes {tensor.codes.shape} and scales {tensor.scales.shape} are not {tensor.columns} columns "
+            f"{name}: codes {(rows, padded)} and scales {tensor.scales.shape} are not {tensor.columns} columns "
             f"in groups of {group}"
         )

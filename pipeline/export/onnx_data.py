@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec, module_name
 from edge_runtime.formats.errors import ExportError
-from edge_runtime.formats.int4 import QuantizedTensor, Weights, pack_nibbles
+from edge_runtime.formats.int4 import QuantizedTensor, Weights
 from pipeline.export.onnx_checks import refuse_tensor
 
 DATA_FILE = "weights.bin"
@@ -146,7 +146,7 @@ def _write_group(file: BinaryIO, spec: DecoderSpec, names: Sequence[str], weight
     for name, value in group.items():
         if isinstance(value, QuantizedTensor):
             scales = _append(file, np.asarray(value.scales, np.float16))
-            stored[name] = StoredWeight(arrays[name], scales, value.bits, value.columns, value.codes.shape[1])
+            stored[name] = StoredWeight(arrays[name], scales, value.bits, value.columns, value.padded_columns)
         else:
             columns = arrays[name].shape[-1]
             stored[name] = StoredWeight(arrays[name], columns=columns, padded_columns=columns)
@@ -157,8 +157,8 @@ def _write_group(file: BinaryIO, spec: DecoderSpec, names: Sequence[str], weight
 def _codes_bytes(tensor: QuantizedTensor) -> NDArray[np.uint8]:
     """(N, Kp * bits / 8): the operators' default zero point is half of the unsigned range."""
     if tensor.bits == 4:
-        return pack_nibbles(tensor.codes)
-    return (tensor.codes.view(np.uint8) + np.uint8(128)).astype(np.uint8)
+        return tensor.packed
+    return (tensor.packed.view(np.uint8) + np.uint8(128)).astype(np.uint8)
 
 
 def _append(file: BinaryIO, array: NDArray[np.generic]) -> Stored:

@@ -95,7 +95,7 @@ def _quantized(model: ModelProto, node: NodeProto, arrays: dict[str, NDArray[Any
     if codes.shape[1] != scales.shape[1] * int(attributes["block_size"]):
         raise PackageError(f"{stem}: {codes.shape[1]} codes a row do not match {scales.shape[1]} scales")
     parts = zip(_part_names(stem), _split(model, stem, codes), _split(model, stem, scales), strict=True)
-    return {name: QuantizedTensor(part, np.array(part_scales), bits, columns) for name, part, part_scales in parts}
+    return {name: QuantizedTensor.of_codes(part, np.array(scale), bits, columns) for name, part, scale in parts}
 
 
 def _hidden_size(model: ModelProto) -> int:

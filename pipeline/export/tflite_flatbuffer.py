@@ -142,13 +142,13 @@ class Subgraph:
             detailsType=schema.QuantizationDetails.BlockwiseQuantization, details=details
         )
         buffer = self.model.store(name, _twos_complement_nibbles(value.codes))
-        return self._tensor(name, value.codes.shape, schema.TensorType.INT4, buffer, quantization)
+        return self._tensor(name, (value.shape[0], value.padded_columns), schema.TensorType.INT4, buffer, quantization)
 
     def _per_tensor(self, name: str, value: QuantizedTensor) -> int:
         scale = np.asarray(value.scales, np.float32).reshape(-1)
         quantization = schema.QuantizationParametersT(scale=scale, zeroPoint=np.zeros(1, np.int64))
         buffer = self.model.store(name, value.codes)
-        return self._tensor(name, value.codes.shape, schema.TensorType.INT8, buffer, quantization)
+        return self._tensor(name, (value.shape[0], value.padded_columns), schema.TensorType.INT8, buffer, quantization)
 
     def _tensor(
         self,

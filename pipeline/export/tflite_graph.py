@@ -188,7 +188,7 @@ def _norm(step: _Step, x: int, name: str) -> int:
 def padded_columns(weights: Weights) -> dict[str, int]:
     """True widths of the weights that the quantizer padded to whole groups."""
     quantized = {name: value for name, value in weights.items() if isinstance(value, QuantizedTensor)}
-    return {name: value.columns for name, value in quantized.items() if value.columns != value.codes.shape[1]}
+    return {name: value.columns for name, value in quantized.items() if value.columns != value.padded_columns}
 
 
 def refuse_unfit(
@@ -211,7 +211,7 @@ def refuse_unfit(
 
 
 def _refuse_padding(spec: DecoderSpec, name: str, value: QuantizedTensor) -> None:
-    if value.columns != value.codes.shape[1] and "down_proj" not in name:
+    if value.columns != value.padded_columns and "down_proj" not in name:
         width = "heads * head_dim" if "o_proj" in name else "hidden size"
         raise ExportError(
             f"{name}: {width} {value.columns} is not divisible by the group {value.group}, which TFLite demands;"

@@ -114,11 +114,11 @@ def _decode(stored: _Stored, tensors: list[_Stored], columns: dict[str, int]) ->
         return stored.data.view(np.float32).reshape(stored.shape)
     if stored.type == schema.TensorType.INT8:
         codes = stored.data.view(np.int8).reshape(stored.shape)
-        return QuantizedTensor(codes, stored.table_scales.astype(np.float16).reshape(1, -1), 8, width)
+        return QuantizedTensor.of_codes(codes, stored.table_scales.astype(np.float16).reshape(1, -1), 8, width)
     if stored.type == schema.TensorType.INT4 and stored.scales is not None:
         scales = next(tensor for tensor in tensors if tensor.index == stored.scales)
         codes = _unpack(stored.data).reshape(stored.shape)
-        return QuantizedTensor(codes, scales.data.view(np.float16).reshape(scales.shape), 4, width)
+        return QuantizedTensor.of_codes(codes, scales.data.view(np.float16).reshape(scales.shape), 4, width)
     raise ExportError(f"{stored.name}: tensor type {stored.type} is not one that this project writes")
 
 

@@ -55,7 +55,7 @@ def quantize_tensor(
             chosen = _search(grouped, chosen, bits)
         codes[start : start + len(block)] = _codes(grouped, chosen, bits).reshape(len(block), padded)
         scales[start : start + len(block)] = chosen.reshape(len(block), -1)
-    return QuantizedTensor(codes, scales, bits, columns)
+    return QuantizedTensor.of_codes(codes, scales, bits, columns)
 
 
 def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
@@ -70,7 +70,7 @@ def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
     if scale.astype(np.float32) * 127 < np.abs(weight).max():  # rounded down: the largest weight would be clipped
         scale = np.nextafter(scale, np.float16(np.inf))
     codes = np.clip(np.rint(weight / scale.astype(np.float32)), *CODE_RANGE[8]).astype(np.int8)
-    return QuantizedTensor(codes, scale.reshape(1, 1), 8, weight.shape[1])
+    return QuantizedTensor.of_codes(codes, scale.reshape(1, 1), 8, weight.shape[1])
 
 
 def pad_intermediate(

@@ -40,7 +40,7 @@ def _tensor(rows: int, columns: int, group: int, bits: int) -> QuantizedTensor:
     codes = RANDOM.integers(low, high + 1, (rows, padded)).astype(np.int8)
     codes[:, columns:] = 0
     scales = RANDOM.normal(0, 0.1, (rows, padded // group)).astype(np.float16)
-    return QuantizedTensor(codes, scales, bits, columns)
+    return QuantizedTensor.of_codes(codes, scales, bits, columns)
 
 
 WEIGHTS: dict[str, Any] = {

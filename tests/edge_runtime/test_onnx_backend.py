@@ -300,7 +300,7 @@ def _weights() -> Weights:
 def _quantized(random: np.random.Generator, rows: int, columns: int) -> QuantizedTensor:
     codes = random.integers(-8, 8, (rows, columns), dtype=np.int8)
     scales = (random.uniform(0.5, 1.5, (rows, columns // 32)) / (4.6 * columns**0.5)).astype(np.float16)
-    return QuantizedTensor(codes, scales, 4, columns)
+    return QuantizedTensor.of_codes(codes, scales, 4, columns)
 
 
 def _write(path: Path, weights: Weights, lora: LoraSlots | None = LoraSlots(("q_proj", "v_proj"), 4)) -> Path:  # noqa: B008

@@ -124,7 +124,7 @@ def round_to_nearest(weight: NDArray[np.float32], bits: int, group: int) -> Quan
     largest = 2 ** (bits - 1) - 1
     scales = (np.abs(blocks).max(axis=2, keepdims=True) / largest).astype(np.float16)
     codes = np.clip(np.rint(blocks / scales.astype(np.float32)), -largest, largest).astype(np.int8)
-    return QuantizedTensor(codes.reshape(rows, padded), scales[:, :, 0], bits, columns)
+    return QuantizedTensor.of_codes(codes.reshape(rows, padded), scales[:, :, 0], bits, columns)
 
 
 def logits_of(model: PreTrainedModel) -> NDArray[np.float32]:

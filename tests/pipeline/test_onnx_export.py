@@ -207,7 +207,8 @@ def test_projections_of_different_kinds_run_one_by_one(exported: Callable[[str],
     prefix = "model.layers.0"
     weights[f"{prefix}.self_attn.k_proj.weight"] = dequantize(weights[f"{prefix}.self_attn.k_proj.weight"])
     up = weights[f"{prefix}.mlp.up_proj.weight"]
-    weights[f"{prefix}.mlp.up_proj.weight"] = replace(up, bits=8)  # the same codes in whole bytes
+    wide = QuantizedTensor.of_codes(up.codes, up.scales, 8, up.columns)  # the same codes in whole bytes
+    weights[f"{prefix}.mlp.up_proj.weight"] = wide
     write_onnx(tmp_path, case.spec, weights, lora=None, accuracy_level=0)
     np.testing.assert_allclose(_score(OnnxBackend.open(tmp_path, case.spec)), case.logits, atol=FLOAT_BOUND, rtol=0)
     read = read_onnx_weights(tmp_path / "model.onnx")
@@ -276,15 +277,15 @@ class LazyWeights(Mapping[str, "QuantizedTensor | NDArray[np.float32]"]):
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._given: list[weakref.ref[NDArray[np.int8]]] = []
+        self._given: list[weakref.ref[NDArray[np.uint8]]] = []
         self.most_alive = 0
 
     def __getitem__(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
         weight = self._weights[name]
         if not isinstance(weight, QuantizedTensor):
             return weight
-        copy = replace(weight, codes=weight.codes.copy())
-        self._given.append(weakref.ref(copy.codes))
+        copy = replace(weight, packed=weight.packed.copy())
+        self._given.append(weakref.ref(copy.packed))
         self.most_alive = max(self.most_alive, sum(given() is not None for given in self._given))
         return copy
 
@@ -335,7 +336,9 @@ def _pad_intermediate(weights: Weights, size: int) -> Weights:
         more = size - (weight.codes.shape[0] if "down_proj" not in name else size)
         rows = ((0, more), (0, 0))
         columns = size if "down_proj" in name else weight.columns
-        padded[name] = QuantizedTensor(np.pad(weight.codes, rows), np.pad(weight.scales, rows), weight.bits, columns)
+        padded[name] = QuantizedTensor.of_codes(
+            np.pad(weight.codes, rows), np.pad(weight.scales, rows), weight.bits, columns
+        )
     return padded
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edge_runtime.formats.errors import BackendError, ExportError
-from edge_runtime.formats.int4 import QuantizedTensor, dequantize
+from edge_runtime.formats.int4 import QuantizedTensor, dequantize, pack_nibbles
 from pipeline.export.checkpoint import float_weights
 from pipeline.export.parity import (
     RMS_RATIO_LIMIT,
@@ -76,14 +76,14 @@ class TestSameWeights:
         other = dict(weights)
         codes = weights["linear"].codes.copy()
         codes[:, 40:] = 3
-        other["linear"] = replace(weights["linear"], codes=codes)
+        other["linear"] = replace(weights["linear"], packed=pack_nibbles(codes))
         require_same_weights("file", weights, other)
 
     def test_one_flipped_bit_of_a_code_is_found(self) -> None:
         for position in ((0, 0), (5, 39), (3, 17)):
             codes = _weights()["linear"].codes.copy()
             codes[position] ^= 1
-            self._refused(replace(_weights()["linear"], codes=codes))
+            self._refused(replace(_weights()["linear"], packed=pack_nibbles(codes)))
 
     def test_one_flipped_bit_of_a_scale_is_found(self) -> None:
         for bit in range(16):
@@ -94,7 +94,7 @@ class TestSameWeights:
     def test_another_number_of_columns_or_groups_is_found(self) -> None:
         tensor = _weights()["linear"]
         self._refused(replace(tensor, columns=39))
-        self._refused(QuantizedTensor(tensor.codes, np.repeat(tensor.scales, 2, axis=1), 4, tensor.columns))
+        self._refused(QuantizedTensor.of_codes(tensor.codes, np.repeat(tensor.scales, 2, axis=1), 4, tensor.columns))
 
     def test_floats_are_compared_too(self) -> None:
         weights = _weights()

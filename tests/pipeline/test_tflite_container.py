@@ -255,11 +255,11 @@ def _int4(weight: NDArray[np.float32], group: int = GROUP) -> QuantizedTensor:
     padded = np.pad(weight, ((0, 0), (0, -columns % group))).reshape(rows, -1, group)
     scales = np.maximum(np.abs(padded).max(axis=2) / 7, 1e-4).astype(np.float16)
     codes = np.clip(np.rint(padded / scales.astype(np.float32)[..., None]), -8, 7).astype(np.int8)
-    return QuantizedTensor(codes.reshape(rows, -1), scales, bits=4, columns=columns)
+    return QuantizedTensor.of_codes(codes.reshape(rows, -1), scales, bits=4, columns=columns)
 
 
 def _int8(weight: NDArray[np.float32]) -> QuantizedTensor:
     """Round to nearest with one scale for the whole tensor."""
     scale = np.float16(np.abs(weight).max() / 127)
     codes = np.clip(np.rint(weight / np.float32(scale)), -127, 127).astype(np.int8)
-    return QuantizedTensor(codes, np.full((1, 1), scale, np.float16), bits=8, columns=weight.shape[1])
+    return QuantizedTensor.of_codes(codes, np.full((1, 1), scale, np.float16), bits=8, columns=weight.shape[1])
