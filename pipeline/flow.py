@@ -115,7 +115,7 @@ STAGES = {
         Stage(
             "quantize",
             ("quantize", "export"),
-            ("pipeline/quantization", "pipeline/export", _FORMATS),
+            ("pipeline/quantization", "pipeline/export", "pipeline/distillation/checkpoint_files.py", _FORMATS),
             ("distill",),
             "artifacts/weights/{}",
         ),

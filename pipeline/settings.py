@@ -226,6 +226,7 @@ class QuantizeConfig(_Strict):
     bits: Literal[4, 8]
     group: Literal[32, 64, 128]
     rounding: Literal["rtn", "mse"]
+    workers: Annotated[int, Field(ge=1, le=256)]
 
 
 class ExportConfig(_Strict):

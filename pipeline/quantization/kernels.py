@@ -92,27 +92,6 @@ def choose_codes(
 
 
 @_compile
-def squared_errors(block: FloatArray, codes: NDArray[np.int8], scales: FloatArray, sums: NDArray[np.float64]) -> None:
-    """Squared error and squared norm of each row, summed in double precision into ``sums`` (N, 2).
-
-    Args:
-        block: (N, K).
-        codes: (N, Kp).
-        scales: (N, Kp / group).
-        sums: Output.
-    """
-    group = codes.shape[1] // scales.shape[1]
-    for row in range(len(block)):
-        error = norm = 0.0
-        for column in range(block.shape[1]):
-            value = block[row, column]
-            difference = np.float64(value) - np.float64(np.float32(codes[row, column]) * scales[row, column // group])
-            error += difference * difference
-            norm += np.float64(value) * np.float64(value)
-        sums[row, 0], sums[row, 1] = error, norm
-
-
-@_compile
 def _load(block: FloatArray, row: int, rows: int, first: int, x: FloatArray) -> None:
     """A group of some rows, one row a lane; lanes without a row hold zeros."""
     if rows < _LANES:

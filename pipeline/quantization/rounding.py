@@ -53,9 +53,7 @@ def quantize_tensor(
     return QuantizedTensor(packed, scales, bits, weight.shape[1])
 
 
-def quantize_rows(
-    rows: FloatArray, grid: Grid, rounding: str, importance: FloatArray | None = None
-) -> QuantizedTensor:
+def quantize_rows(rows: FloatArray, grid: Grid, rounding: str, importance: FloatArray | None = None) -> QuantizedTensor:
     """Quantize some rows (N, K) of a weight: the same codes in whatever blocks the rows come.
 
     Args:
@@ -96,11 +94,25 @@ def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
     """
     if not np.isfinite(weight).all():
         raise ValueError("weights must be finite")
-    scale = _to_fp16(_require_fp16(np.abs(weight).max(keepdims=True) / 127)).astype(np.float16)[0, 0]
-    if scale.astype(np.float32) * 127 < np.abs(weight).max():  # rounded down: the largest weight would be clipped
+    return codes_of_scale(weight, tensor_scale(float(np.abs(weight).max())))
+
+
+def tensor_scale(largest: float) -> np.float16:
+    """The smallest fp16 scale whose eight-bit codes reach ``largest``, a whole weight's largest magnitude.
+
+    Raises:
+        ValueError: fp16 cannot hold it.
+    """
+    scale = _to_fp16(_require_fp16(np.array([np.float32(largest) / 127], np.float32))).astype(np.float16)[0]
+    if np.float32(scale) * 127 < np.float32(largest):  # rounded down: the largest weight would be clipped
         scale = np.nextafter(scale, np.float16(np.inf))
-    codes = np.clip(np.rint(weight / scale.astype(np.float32)), *CODE_RANGE[8]).astype(np.int8)
-    return QuantizedTensor.of_codes(codes, scale.reshape(1, 1), 8, weight.shape[1])
+    return np.float16(scale)
+
+
+def codes_of_scale(rows: FloatArray, scale: np.float16) -> QuantizedTensor:
+    """Eight-bit codes of rows (N, K) under one scale."""
+    codes = np.clip(np.rint(rows / np.float32(scale)), *CODE_RANGE[8]).astype(np.int8)
+    return QuantizedTensor.of_codes(codes, np.full((1, 1), scale, np.float16), 8, rows.shape[1])
 
 
 def pad_intermediate(
