@@ -1,10 +1,10 @@
 """compressed-tensors: a folder that transformers and vLLM load, made of the stored codes bit for bit.
 
 ``pack-quantized`` holds eight 4-bit codes, or four 8-bit ones, an int32 of the row. Two variants: with embedding and
-head packed too, and with both in fp16 for engines that pack linear layers only. How transformers 5.23 reads them decides
-two things. Packed embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in
-the scales' type then, so they are stored as float32 to stay exact, and reads one grid for all. Linear layers alone are
-unpacked at the first pass in the model's type: fp16 scales stay exact, and grids may be mixed.
+head packed too, and with both in fp16 for engines that pack linear layers only. transformers 5.23 decides two things.
+Packed embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in the scales'
+type then, so they are stored as float32 to stay exact, and it reads one grid for all. Linear layers alone are unpacked
+at the first pass in the model's type: fp16 scales stay exact, and grids may be mixed.
 Layout: https://github.com/vllm-project/compressed-tensors, compressors/pack_quantized.
 """
 

@@ -80,10 +80,8 @@ def _require_same(
     source: str, files: dict[str, Any], name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool
 ) -> None:
     parts = _parts(name, value, linear_only)
-    if len(parts) == 3:
-        same = files[parts[2]].get_tensor(parts[2]).tolist() == list(value.shape)
-    else:
-        same = True
+    shapes = [files[part].get_tensor(part).tolist() for part in parts[2:]]
+    same = shapes in ([], [list(value.shape)])
     for start, stop in row_blocks(value.shape[0]):
         found = [files[part].get_slice(part)[start:stop] for part in parts[:2]]
         same = same and _same_rows(name, found, value, start, stop)
