@@ -26,6 +26,7 @@ from pipeline.artifacts import (
     located,
     partial_directory,
     recorded_fingerprint,
+    room_on_disk,
     sole_writer,
     tree_digest,
     unwatched,
@@ -241,7 +242,7 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
         start_s = time.monotonic()
         checkpoint = layout.checkpoint(stage.name, digest)
         place = stage.output(layout, config.submodel.name)
-        with atomic_directory(place) as output, _watched(stage, config, digest) as watch:
+        with atomic_directory(place) as output, _watched(stage, config, digest) as watch, room_on_disk(place):
             _run_stage(stage, StageRun(config, layout, output, checkpoint, watch))
         write_record(layout, stage.output(layout, config.submodel.name), digest, round(time.monotonic() - start_s, 2))
     return True

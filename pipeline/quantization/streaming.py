@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import ExportError, UserError
 from edge_runtime.formats.int4 import CODE_RANGE, QuantizedTensor
+from pipeline.artifacts import room_on_disk
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.journal import Journal, checksum, open_journal
 from pipeline.quantization.rounding import FloatArray, codes_of_scale, quantize_rows, tensor_scale
 from pipeline.quantization.source import Checkpoint, SourceTensor, read_rows, row_blocks
-from pipeline.quantization.weight_file import Place, WeightLayout, allocate, lay_out, room_for, write_at
+from pipeline.quantization.weight_file import Place, WeightLayout, allocate, lay_out, write_at
 
 RowQuantizer = Callable[[int, FloatArray], QuantizedTensor]  # from (first row, rows) to their codes
 Report = Callable[[int, str], None]
@@ -147,7 +148,7 @@ def write_weights(
         different = sorted(set(grids) ^ set(checkpoint.matrices))[0]
         raise UserError("grids", different, "one grid for every matrix of the checkpoint, and no other")
     layout = lay_out(checkpoint.spec, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, grids)
-    with room_for(work, layout.total_bytes):
+    with room_on_disk(work, layout.total_bytes):
         work.mkdir(parents=True, exist_ok=True)
         with _unfinished(work, layout, _made_from(checkpoint, layout, grids, identity)) as (descriptor, journal):
             job = _Job(descriptor, layout, journal, grids, open_tensor, threading.Event())

@@ -5,25 +5,20 @@ Bytes are those of ``formats/int4.save_weights``: safetensors puts wide types fi
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_runtime.formats.decoder import DecoderSpec
-from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.int4 import DTYPES, HEADER
 from pipeline.quantization.grid import Grid
 
 _WIDE_FIRST = ("F32", "F16", "I8", "U8")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +71,6 @@ def lay_out(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], grids: Map
         columns[name] = {"bits": grid.bits, "columns": width}
     described = json.dumps({"decoder": spec.to_dict(), "layout": columns}, sort_keys=True)
     return _lay_out_arrays(arrays, described)
-
-
-@contextmanager
-def room_for(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Say in one line that a disk is full, whichever write finds it out.
-
-    Raises:
-        UserError: No room is left.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise UserError(
-            "free disk", f"too little at {path}", f"at least {needed_bytes / 1e9:.2f} GB",
-            "free some space and run again: finished weights are kept",
-        ) from None  # fmt: skip
 
 
 def allocate(descriptor: int, size_bytes: int) -> None:
