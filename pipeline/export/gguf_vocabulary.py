@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.manifest import TOKENIZER_FILE
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE
-from pipeline.data.packing import PIECE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
+_PIECE = r" *[^ \n]+|\n+| +"  # how tokenizers that are trained here split: a word with the spaces before it
 _BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -119,7 +119,7 @@ def _kind(state: dict[str, Any], merges: list[tuple[str, str]]) -> tuple[str, st
         _refuse("a BPE that does not fall back to bytes")
     if (normalizer, steps) in (((f"prepend {SPACE}", f"replace ' ' {SPACE}"), ()), ((), ("metaspace",))):
         return "marked spaces", "default", _scores(model["vocab"], merges)
-    if (normalizer, steps) == ((), (f"split {PIECE}",)):
+    if (normalizer, steps) == ((), (f"split {_PIECE}",)):
         _require_pieces(model["vocab"], merges)
         return "plain spaces", "sarvam-moe", {}
     _refuse(f"the pre-tokenizer {' > '.join((*normalizer, *steps))[:160]!r}")
@@ -173,7 +173,7 @@ def _scores(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, f
 
 def _require_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
     """Refuse merges across the cuts of our own pattern, and marks that stand for spaces in llama.cpp."""
-    whole = re.compile(PIECE)
+    whole = re.compile(_PIECE)
     for token in (first + second for first, second in merges):
         if not whole.fullmatch(token):
             _refuse(f"a merge across words, {token!r}")
