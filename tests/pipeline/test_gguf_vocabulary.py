@@ -167,7 +167,7 @@ def test_our_own_tokenizer_is_refused_where_marks_or_merges_would_mislead(tokeni
     for edit, fault in ((mark, "reads a space"), (cross, "across words")):
         with pytest.raises(ExportError, match=fault):
             read_vocabulary(save(tmp_path, tokenizer, edit), 321, bos=None, eos=[1])
-    with pytest.raises(ExportError, match="id 319 .* the embedding has 319 rows"):
+    with pytest.raises(ExportError, match=r"id 319 .* the embedding has 319 rows"):
         read_vocabulary(save(tmp_path, tokenizer), 319, bos=None, eos=[1])
     with pytest.raises(ExportError, match="ends a text"):
         read_vocabulary(save(tmp_path, tokenizer), 320, bos=None, eos=[])
