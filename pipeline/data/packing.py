@@ -31,7 +31,7 @@ BOS, EOS = "<s>", "</s>"
 _ENCODE_BATCH = 512
 _Item = TypeVar("_Item")
 _OPEN_SEQUENCES = 32  # that conversations are put into; the more, the less room is lost
-PIECE = r" *[^ \n]+|\n+| +"  # a word with the spaces before it; indentation may become one token
+_PIECE = r" *[^ \n]+|\n+| +"  # a word with the spaces before it; indentation may become one token
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Spaces stay spaces: with a mark in their place, as Llama has it, a text that holds the mark would not come back.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=None, fuse_unk=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     trainer = trainers.BpeTrainer(

@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.manifest import TOKENIZER_FILE
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE
-from pipeline.data.packing import PIECE
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"
+_PIECE = r" *[^ \n]+|\n+| +"  # how tokenizers that are trained here split: a word with the spaces before it
 _BYTE_TOKENS = [f"<0x{value:02X}>" for value in range(256)]
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -90,7 +90,7 @@ def read_vocabulary(folder: Path, vocab_size: int, *, bos: int | None, eos: Sequ
     ):
         _refuse("a tokenizer that is no plain BPE")
     if not eos:
-        _refuse("no token that ends a text")
+        _refuse("no token that ends a text", "llama.cpp would take token 11 for it")
     merges = [_parts(merge) for merge in model["merges"]]
     kind, pre, scores = _kind(state, merges)
     spaced = kind == "plain spaces"
@@ -119,7 +119,7 @@ def _kind(state: dict[str, Any], merges: list[tuple[str, str]]) -> tuple[str, st
         _refuse("a BPE that does not fall back to bytes")
     if (normalizer, steps) in (((f"prepend {SPACE}", f"replace ' ' {SPACE}"), ()), ((), ("metaspace",))):
         return "marked spaces", "default", _scores(model["vocab"], merges)
-    if (normalizer, steps) == ((), (f"split {PIECE}",)):
+    if (normalizer, steps) == ((), (f"split {_PIECE}",)):
         _require_pieces(model["vocab"], merges)
         return "plain spaces", "sarvam-moe", {}
     _refuse(f"the pre-tokenizer {' > '.join((*normalizer, *steps))[:160]!r}")
@@ -173,7 +173,7 @@ def _scores(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, f
 
 def _require_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
     """Refuse merges across the cuts of our own pattern, and marks that stand for spaces in llama.cpp."""
-    whole = re.compile(PIECE)
+    whole = re.compile(_PIECE)
     for token in (first + second for first, second in merges):
         if not whole.fullmatch(token):
             _refuse(f"a merge across words, {token!r}")
@@ -192,7 +192,7 @@ def _tokens(state: dict[str, Any], vocab_size: int, *, byte_tokens: bool, spaced
     bytes_here = set(_BYTE_TOKENS) if byte_tokens else set()
     for index, token, kind in entries + named:
         if index >= vocab_size:
-            _refuse(f"id {index} for {token!r}, the embedding has {vocab_size} rows")
+            _refuse(f"id {index} for {token!r}", f"the embedding has {vocab_size} rows")
         types[index] = kind
         if kind == NORMAL and token in bytes_here:
             types[index] = BYTE
@@ -200,7 +200,7 @@ def _tokens(state: dict[str, Any], vocab_size: int, *, byte_tokens: bool, spaced
             types[index] = UNKNOWN
         tokens[index] = token.replace(" ", SPACE) if spaced and kind == NORMAL else token
     if len(set(tokens)) < vocab_size:
-        _refuse("two ids with the same text")
+        _refuse("two ids with the same text", "llama.cpp does not load it")
     return tokens, types
 
 
@@ -209,5 +209,5 @@ def _parts(merge: str | Sequence[str]) -> tuple[str, str]:
     return first, second
 
 
-def _refuse(fault: str) -> NoReturn:
-    raise ExportError(f"{TOKENIZER_FILE} has {fault}: llama.cpp would cut texts differently; leave gguf out")
+def _refuse(fault: str, why: str = "llama.cpp would cut texts differently") -> NoReturn:
+    raise ExportError(f"{TOKENIZER_FILE} has {fault}: {why}; leave gguf out of export.containers")

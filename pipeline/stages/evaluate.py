@@ -36,12 +36,15 @@ def run(run: StageRun) -> None:
     samples: dict[str, str] = {}
     with (
         trial_package(config, exports=exports, weights=weights) as package,
-        progress(f"evaluate {run.submodel}", len(config.export.containers)) as report,
+        progress(f"evaluate {run.submodel}", len(config.export.run_containers)) as report,
     ):
-        for done, container in enumerate(config.export.containers, 1):
+        for done, container in enumerate(config.export.run_containers, 1):
             figures, samples[container] = _measure(run, package, container)
             packages[container] = {**exported[container], **figures}
             report(done, container)
+    # Files for other runtimes stand beside them, null for what only a run could tell.
+    unknown = dict.fromkeys(next(iter(packages.values())))
+    packages = {name: packages.get(name) or {**unknown, **exported[name]} for name in config.export.containers}
     scratch = distilled.get("from_scratch", {})
     result = {
         "params": quantized["params"],
