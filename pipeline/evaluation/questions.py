@@ -10,7 +10,7 @@ writing anything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,10 +101,12 @@ class Answers:
         correct: (N,) bool.
         said: (N,) the choice that was taken; of an exact item, the first token that the model would have written
             otherwise, or -1 where all were right.
+        texts: (N,) what was said where answers are written.
     """
 
     correct: NDArray[np.bool_]
     said: Numbers
+    texts: tuple[str, ...] = ()
 
 
 def make_task(name: str, items: Sequence[Item], *, exact: bool) -> Task:
@@ -124,6 +126,13 @@ def make_task(name: str, items: Sequence[Item], *, exact: bool) -> Task:
         token=np.array([token for probe in probes for token in probe.tokens], np.int64),
         choice=np.repeat(np.arange(len(probes)), lengths),
     )  # fmt: skip
+
+
+def join_questions(one: Questions, other: Questions) -> Questions:
+    """The sequences and tasks of both."""
+    before = len(one.sequences)
+    moved = [replace(task, sequence=task.sequence + before) for task in other.tasks]
+    return Questions((*one.sequences, *other.sequences), (*one.tasks, *moved))
 
 
 def answer(questions: Questions, rows: Iterable[tuple[int, FloatArray]]) -> dict[str, Answers]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ class Reader(Protocol):
         """(index, (T, V) logits) of each sequence, once, in any order; valid until the next is asked for."""
 
 
+@runtime_checkable
 class Writer(Reader, Protocol):
     """A reader that writes on."""
 
