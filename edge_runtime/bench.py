@@ -127,7 +127,7 @@ def score_tokens(
     cache = backend.allocate(columns)
     loss_sum = 0.0
     with _npy_writer(logits_out, (rows, columns, vocab_size)) as written:
-        for index, row in enumerate(tokens.tolist()):
+        for row in tokens.tolist():
             cache.truncate(0)
             logits = backend.prefill(row, cache, all_logits=True)
             wide = logits[:-1].astype(np.float64)
@@ -192,7 +192,11 @@ def _npy_writer(path: Path | None, shape: tuple[int, int, int]) -> Iterator[Bina
     temporary = path if piped else path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+                "fortran_order": False,
+                "shape": shape,
+            }
             np.lib.format.write_array_header_1_0(file, header)
             yield file
         if not piped:

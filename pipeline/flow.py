@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -348,7 +348,7 @@ def _larger_students(stage: Stage, config: Config, layout: Layout) -> list[Path]
 
 def _external(stage: Stage, config: Config) -> list[str]:
     """Files outside the project that a stage reads, as name, size and time of change."""
-    roots = {
+    roots: dict[str, Sequence[Path | None]] = {
         "clean": [config.data.path],
         "teacher": [getattr(config.teacher, "path", None)],
         "distill": [config.submodel.checkpoint],

@@ -327,7 +327,7 @@ class RuntimeConfig(_Strict):
     def _check(self) -> RuntimeConfig:
         names = [*self.tasks, *(path.stem for path in self.task_files)]
         if not names or len(set(names)) != len(names):
-            raise ValueError("tasks and task_files must name at least one task, each once (a file is called by its name)")
+            raise ValueError("tasks and task_files must name at least one task, each once (a file by its stem)")
         return self
 
 

@@ -164,10 +164,8 @@ def _multiple_choice(held_out: _HeldOut, rng: np.random.Generator) -> list[Item]
 
 
 def _pairing(held_out: _HeldOut, rng: np.random.Generator) -> list[Item]:
-    own = [
-        {token for token in document.tokens[1 : document.heading_tokens].tolist() if _LETTER.search(held_out.text[token])}
-        for document in held_out.documents
-    ]
+    headings = (document.tokens[1 : document.heading_tokens].tolist() for document in held_out.documents)
+    own = [{token for token in heading if _LETTER.search(held_out.text[token])} for heading in headings]
     places = [
         (number, position, token) for number, position, token in held_out.places()
         if position >= held_out.documents[number].heading_tokens and token in own[number]
@@ -222,7 +220,7 @@ def _doubtless(train: NDArray[np.int32]) -> set[tuple[int, int]]:
     rows = train[: max(1, _COUNTED_TOKENS // train.shape[1])]
     triples = np.lib.stride_tricks.sliding_window_view(rows, 3, axis=1).reshape(-1, 3)
     found, times = np.unique(triples, axis=0, return_counts=True)
-    first = np.flatnonzero(np.r_[True, (found[1:, :2] != found[:-1, :2]).any(axis=1)]) if len(found) else np.empty(0, int)
+    first = np.flatnonzero(np.append(True, (found[1:, :2] != found[:-1, :2]).any(axis=1)))
     total, best = np.add.reduceat(times, first), np.maximum.reduceat(times, first)
     clear = (total >= _DOUBTLESS_TIMES) & (best >= _DOUBTLESS_SHARE * total)
     return {(a, b) for a, b, _ in found[first[clear]].tolist()}

@@ -6,7 +6,7 @@ The result is what ``reports/family.json`` holds under ``recovery``, and why a g
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,9 @@ class _Subject:
 def sit(exam: Exam, reader: Reader) -> dict[str, Answers]:
     """Ask one model everything; one that cannot write is not asked for worked answers."""
     answers = answer(exam.questions, reader.rows(exam.questions.sequences))
-    for task in exam.worked if isinstance(reader, Writer) else ():
-        answers[task.name] = work(task, reader, exam.tokenizer, most_tokens=exam.answer_tokens, ends=exam.ends)
+    if isinstance(reader, Writer):
+        for task in exam.worked:
+            answers[task.name] = work(task, reader, exam.tokenizer, most_tokens=exam.answer_tokens, ends=exam.ends)
     return answers
 
 
@@ -108,11 +109,12 @@ def recovery_table(
     return table
 
 
-def recovery_reasons(table: Mapping[str, Any], containers: list[str], recovery_min: float) -> list[str]:
+def recovery_reasons(table: Mapping[str, Any], containers: Sequence[str], recovery_min: float) -> list[str]:
     """Why a gate refuses: a lower end below the bound, or a container of which no task decides."""
     reasons = []
     for container in containers:
-        entries = {name: task["containers"][container] for name, task in table.items() if container in task["containers"]}
+        entries = {name: task["containers"].get(container) for name, task in table.items()}
+        entries = {name: entry for name, entry in entries.items() if entry is not None}
         if all(entry["verdict"] == NOT_DECIDABLE for entry in entries.values()):
             reasons.append(f"{container}: no task decides how much is kept: too few items, or fp too close to chance")
         for name, entry in entries.items():
@@ -127,7 +129,8 @@ def recovery_reasons(table: Mapping[str, Any], containers: list[str], recovery_m
 def flips(exam: Exam, fp: Answered, found: Answered) -> list[dict[str, Any]]:
     """Examples of items that one of two models has right, evenly spread over each task."""
     examples = []
-    for task in (*exam.questions.tasks, *exam.worked):
+    tasks: tuple[Task | WorkedTask, ...] = (*exam.questions.tasks, *exam.worked)
+    for task in tasks:
         one, other = fp.get(task.name), found.get(task.name)
         if one is None or other is None:
             continue
@@ -157,6 +160,7 @@ def _percent(share: float) -> str:
 
 def _shown(exam: Exam, task: Task | WorkedTask, item: int, one: Answers, other: Answers) -> tuple[str, ...]:
     """Prompt, right answer, and what both said, as texts."""
+
     def text(ids: Any) -> str:
         return str(exam.tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
 

@@ -13,9 +13,7 @@ FloatArray = NDArray[np.float32]
 _CHUNK_POSITIONS = 128  # whose probabilities exist in double precision at a time
 
 
-def quality(
-    held_out: HeldOut, reference: Iterable[FloatArray], found: Iterable[FloatArray]
-) -> dict[str, float | None]:
+def quality(held_out: HeldOut, reference: Iterable[FloatArray], found: Iterable[FloatArray]) -> dict[str, float | None]:
     """Figures of (T, V) logits a sequence, one sequence of both held at a time.
 
     Returns:

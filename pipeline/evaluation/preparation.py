@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,8 @@ def _ask_teacher(run: StageRun, exam: Exam, path: Path) -> None:
     teacher = load_checkpoint(read_source(run.layout.teacher))
     answers = sit(exam, TorchReader(teacher, bf16=uses_bf16(run.config)))
     content = BytesIO()
-    np.savez(content, **{name: answer.correct for name, answer in answers.items()})
+    correct: dict[str, Any] = {name: answer.correct for name, answer in answers.items()}
+    np.savez(content, allow_pickle=False, **correct)
     write_atomic(path, content.getvalue())
 
 

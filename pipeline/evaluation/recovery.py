@@ -95,7 +95,7 @@ def mcnemar_p(lost: int, gained: int) -> float:
     flips, tail, term = lost + gained, 0, 1
     for number in range(min(lost, gained) + 1):
         tail, term = tail + term, term * (flips - number) // (number + 1)
-    return min(1.0, 2 * tail / 2**flips)
+    return min(1.0, float(2 * tail / 2**flips))
 
 
 def _interval(

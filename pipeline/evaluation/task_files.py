@@ -135,9 +135,7 @@ def worked_tasks(
     return tuple(found)
 
 
-def work(
-    task: WorkedTask, writer: Writer, tokenizer: Tokenizer, *, most_tokens: int, ends: Sequence[int]
-) -> Answers:
+def work(task: WorkedTask, writer: Writer, tokenizer: Tokenizer, *, most_tokens: int, ends: Sequence[int]) -> Answers:
     """Generate greedily and look for the final answers; commas, spaces and a full stop at the end do not count."""
     said = []
     for prompt, pattern in zip(task.prompts, task.patterns, strict=True):
@@ -205,9 +203,7 @@ def _refuse(path: Path, number: int, field: str, allowed: str, next_step: str = 
     raise UserError(f"{path.name} line {number}: {field}", "something else", allowed, next_step)
 
 
-def _probes(
-    encoder: TextEncoder, row: Row, start_id: int, most_tokens: int, first: int
-) -> Iterator[tuple[Ids, Probe]]:
+def _probes(encoder: TextEncoder, row: Row, start_id: int, most_tokens: int, first: int) -> Iterator[tuple[Ids, Probe]]:
     """A sequence for each choice, and the tokens of it that count."""
     before, _, behind = row.prompt.partition(GAP) if row.choices else (row.prompt, "", "")
     texts = [before + choice + behind for choice in row.choices or (str(row.answer),)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ def run_edge(
 
 def piped_logits(
     python: Path, package: Path, container: str, tokens: NDArray[np.int32], *, threads: int
-) -> Iterator[FloatArray]:
+) -> Generator[FloatArray]:
     """Run ``bench --score`` in a fresh process and take (T, V) logits of each row of (S, T) tokens as they come.
 
     Raises:

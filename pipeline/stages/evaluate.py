@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edge_runtime.backends import OPENERS
 from edge_runtime.formats.decoder import DecoderSpec
 from pipeline.artifacts import StageRun, read_json, write_json
