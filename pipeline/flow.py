@@ -133,7 +133,7 @@ STAGES = {
         ),
         Stage(
             "evaluate",
-            ("export", "runtime", "gate", "submodel", "seed"),
+            ("export", "runtime", "gate", "submodel", "distill.sequence_tokens", "distill.precision", "seed"),
             (
                 _STUDENT_LOGITS,
                 *_PACKING,

@@ -165,10 +165,10 @@ def _shown(exam: Exam, task: Task | WorkedTask, item: int, one: Answers, other: 
         return str(exam.tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
 
     if isinstance(task, WorkedTask):
-        return text(task.prompts[item]), task.answers[item], one.texts[item], other.texts[item]
+        return text(task.prompts[item][1:]), task.answers[item], one.texts[item], other.texts[item]
     choices = list(_choices(task, item))
     sequence, position, right = choices[int(task.answers[item])]
-    prompt = text(exam.questions.sequences[sequence][: position + 1])
+    prompt = text(exam.questions.sequences[sequence][1 : position + 1])
     said = []
     for answers in (one, other):
         choice = int(answers.said[item])
