@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Container = Literal["onnx", "tflite", "tflite_legacy"]
+RunContainer = Literal["onnx", "tflite", "tflite_legacy"]
+Container = RunContainer | Literal["gguf", "safetensors", "safetensors_linear"]  # files for other runtimes
+RUN_CONTAINERS: tuple[str, ...] = get_args(RunContainer)
 DocumentationTask = Literal["cloze", "pairing", "multiple_choice", "exact_match", "needle"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -247,10 +249,17 @@ class ExportConfig(_Strict):
     version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}\.\d{1,6}$")]
     counter: Count
 
+    @property
+    def run_containers(self) -> list[str]:
+        """Those that edge_runtime runs: only they are measured."""
+        return [container for container in self.containers if container in RUN_CONTAINERS]
+
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
         if len(set(self.containers)) != len(self.containers):
             raise ValueError("containers must not repeat")
+        if not self.run_containers:
+            raise ValueError(f"containers hold none that is run and measured; add one of {', '.join(RUN_CONTAINERS)}")
         if self.prefill_tokens >= self.context_tokens:
             raise ValueError("prefill_tokens must be below context_tokens")
         if self.train_buckets != sorted(set(self.train_buckets)) or max(self.train_buckets, default=0) > (
@@ -265,7 +274,7 @@ class ExportConfig(_Strict):
 class GateConfig(_Strict):
     """Bounds that a submodel must keep to be registered, and how ``stage=gate`` judges a federation's adapter."""
 
-    containers: list[Container]
+    containers: list[RunContainer]
     perplexity_ratio_max: Annotated[float, Field(gt=1)]
     top1_to_fp_min: Annotated[float, Field(ge=0, le=1)]
     onnx_weight_ratio_max: Ratio

@@ -113,9 +113,10 @@ def _recovery(submodel: Mapping[str, Any], rows: Sequence[RecoveryRow]) -> list[
             for row, within in zip(rows, interval, strict=True)
         ),
     )  # fmt: skip
+    confidence, needed = (format_percent(recovery[key]) for key in ("confidence", "needed"))
     note = (
-        f"Kept is the accuracy beyond chance, against fp on the same items, with its {format_percent(recovery['confidence'])} % "
-        f"interval over documents. A task that counts passes when the interval begins at {format_percent(recovery['needed'])} % or above."
+        f"Kept is the accuracy beyond chance, against fp on the same items, with its {confidence} % interval over"
+        f" documents. A task that counts passes when the interval begins at {needed} % or above."
     )
     return ["## What 4 bits keep", "", *lines, "", note]
 

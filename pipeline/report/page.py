@@ -81,7 +81,10 @@ def _picture(family: Family, rows: list[PackageRow]) -> Markup | None:
 
 def _containers(rows: list[PackageRow]) -> list[tuple[str, Markup]]:
     """Each container once, with its shape for the legend."""
-    return [(name, Markup(pareto.marker(name))) for name in dict.fromkeys(row.container for row in rows)]
+    return [
+        (name, Markup(pareto.marker(name)))
+        for name in dict.fromkeys(row.container for row in rows if row.perplexity is not None)
+    ]
 
 
 def _submodel(name: str, submodel: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +119,7 @@ def _samples(samples: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _summary(family: Family, rows: list[PackageRow]) -> list[tuple[str, str]]:
     """The figures that a reader takes away: (figure, what it says)."""
+    rows = [row for row in rows if row.perplexity is not None]
     tiles = [(str(len(family["submodels"])), "submodels"), (str(len(rows)), "packages measured")]
     sized = [row for row in rows if row.file_bytes is not None]
     if sized:
