@@ -35,6 +35,7 @@ _GRAPH_BYTES_A_LAYER = {
 }  # fmt: skip
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
 _QUANTIZE_S_A_WEIGHT = {"mse": 0.35e-6, "rtn": 0.08e-6}
+_READ_BYTES = 64e6  # logits of a batch that answers tasks
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
 
@@ -251,11 +252,14 @@ def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
         len(config.export.run_containers),
     )
     length = min(config.distill.sequence_tokens, config.export.context_tokens)
-    tokens = runtime.evaluation_sequences * length
-    logits = 4.0 * tokens * sizes.vocab_size
+    tokens, asked = runtime.evaluation_sequences * length, runtime.task_tokens
+    # The student reads what the files read, and the tasks once more; the teacher reads the tasks, on the GPU.
+    read = (2 * tokens + asked) * containers + asked
     return Needs(
-        2e3, _PROCESS_BYTES + 4.0 * sizes.params + 3.0 * length * sizes.vocab_size * 4, scratch_bytes=logits,
-        host_flops=2 * containers * tokens * sizes.forward_flops(length), fixed_s=_PROCESS_S * containers,
+        1e5, _PROCESS_BYTES + 8.0 * sizes.params + max(_READ_BYTES, 3.0 * length * sizes.vocab_size * 4),
+        device_bytes={"teacher.load": _teacher_bytes(config, family.teacher)},
+        forward_flops=asked * family.teacher.forward_flops(length), host_flops=read * sizes.forward_flops(length),
+        fixed_s=_PROCESS_S * containers,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 RunContainer = Literal["onnx", "tflite", "tflite_legacy"]
 Container = RunContainer | Literal["gguf", "safetensors", "safetensors_linear"]  # files for other runtimes
 RUN_CONTAINERS: tuple[str, ...] = get_args(RunContainer)
+DocumentationTask = Literal["cloze", "pairing", "multiple_choice", "exact_match", "needle"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -280,6 +281,9 @@ class GateConfig(_Strict):
     onnx_weight_ratio_max: Ratio
     tflite_weight_ratio_max: Ratio
     beats_from_scratch: bool
+    recovery_min: Ratio
+    items_min: Count
+    above_chance_min: Annotated[float, Field(ge=0, lt=1)]
     margin: Annotated[float, Field(ge=0, lt=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     resamples: Annotated[int, Field(ge=100, le=100_000)]
@@ -324,6 +328,17 @@ class RuntimeConfig(_Strict):
     bench_tokens: Count
     prompt: Annotated[str, Field(min_length=1, max_length=2000)]
     max_tokens: Count
+    tasks: list[DocumentationTask]
+    task_tokens: Annotated[int, Field(ge=64, le=100_000_000)]
+    task_files: list[Path]
+    answer_tokens: Annotated[int, Field(ge=1, le=8192)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RuntimeConfig:
+        names = [*self.tasks, *(path.stem for path in self.task_files)]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("tasks and task_files must name at least one task, each once (a file by its stem)")
+        return self
 
 
 class Config(_Strict):
@@ -356,6 +371,8 @@ class Config(_Strict):
             raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
         if self.runtime.max_tokens >= self.export.context_tokens:
             raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        if self.runtime.task_files and self.runtime.answer_tokens >= self.export.context_tokens:
+            raise ValueError("runtime.answer_tokens must be below export.context_tokens")
         if isinstance(self.data, PairsConfig) and self.stage != "clean":
             raise ValueError("data: pairs of media and text have stage=clean alone; add it, or choose text")
         self._check_candidate()

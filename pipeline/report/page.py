@@ -20,6 +20,7 @@ from pipeline.report.table import (
     format_percent,
     format_significant,
     package_rows,
+    recovery_rows,
 )
 
 
@@ -47,7 +48,9 @@ def write_page(family: Family, path: Path) -> None:
         picture=_picture(family, rows),
         pipeline_run=family.get("pipeline_run", ""),
         prompt=family.get("prompt"),
+        recovery=recovery_rows(family),
         rows=rows,
+        sensitivity=[],
         submodels=[_submodel(name, submodel) for name, submodel in family["submodels"].items()],
         summary=_summary(family, rows),
         teacher=family.get("teacher") or {},
@@ -94,7 +97,18 @@ def _submodel(name: str, submodel: Mapping[str, Any]) -> dict[str, Any]:
         **{key: submodel.get(key) for key in keys},
         "gate": gate,
         "samples": _samples(submodel.get("samples") or {}),
+        "recovery": submodel.get("recovery"),
+        "flips": _flips(submodel.get("recovery") or {}),
     }
+
+
+def _flips(recovery: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(containers, changed answer), with containers that changed the same one together."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for container, examples in (recovery.get("flips") or {}).items():
+        for example in examples:
+            found.setdefault(repr(sorted(example.items())), ([], example))[0].append(container)
+    return [(", ".join(containers), example) for containers, example in found.values()]
 
 
 def _samples(samples: Mapping[str, str]) -> list[tuple[str, str]]:
