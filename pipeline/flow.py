@@ -116,7 +116,7 @@ STAGES = {
             "quantize",
             ("quantize", "export"),
             ("pipeline/quantization", "pipeline/export", _FORMATS),
-            ("distill",),
+            ("targets", "distill"),
             "artifacts/weights/{}",
         ),
         Stage(

@@ -11,6 +11,7 @@ from edge_runtime.formats.int4 import QuantizedTensor, save_weights
 from pipeline.artifacts import StageRun, write_json
 from pipeline.export.assembly import LEGACY_FILE, WEIGHTS_FILE
 from pipeline.progress import progress
+from pipeline.quantization.allocation import grids_of
 from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor, relative_error
 
 
@@ -21,7 +22,7 @@ def run(run: StageRun) -> None:
     config, settings = run.config, run.config.quantize
     model = load_student(run.layout.student(run.submodel))
     spec, floats = pad_intermediate(spec_of(model, config.export.context_tokens), float_weights(model), settings.group)
-    positive = "tflite" in config.export.containers
+    grids, sensitivity = grids_of(run, spec)
     codes: dict[str, Any] = {}
     legacy: dict[str, Any] = {}
     errors: dict[str, float] = {}
@@ -33,10 +34,10 @@ def run(run: StageRun) -> None:
             try:
                 codes[name] = quantize_tensor(
                     weight,
-                    bits=settings.bits,
-                    group=settings.group,
+                    bits=grids[name].bits,
+                    group=grids[name].group,
                     rounding=settings.rounding,
-                    positive_scales=positive,
+                    positive_scales=grids[name].positive_scales,
                 )
                 legacy[name] = quantize_per_tensor(weight)
             except ValueError as error:
@@ -54,5 +55,5 @@ def run(run: StageRun) -> None:
         "code_and_scale_bytes": packed,
         "fp16_weight_bytes": 2 * unique,
         "params": unique,
-    }
+    } | sensitivity
     write_json(run.layout.metrics("quantize", run.submodel), metrics)
