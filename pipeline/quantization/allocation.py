@@ -104,39 +104,52 @@ def choose_grids(
 
     Returns:
         Grids by name, and figures for a metrics file: ``by_weight``, the KL in nats a position of the model with that
-        weight alone in 4 bits; ``curve``, from all weights in 4 bits to all in 8; ``chosen``, its point and weights.
+        weight alone in 4 bits; ``curve``, from all weights in 4 bits to all in 8; with a ratio ``chosen``, its point
+        and the weights in 8 bits.
 
     Raises:
         UserError: Not even 4 bits everywhere keep the ratio.
         ExportError: A weight cannot be quantized.
     """
-    fine = replace(grid, bits=_FINE_BITS)
     from pipeline.quantization.sensitivity import divergences
 
-    sizes = model_sizes(model, spec, grid)
+    fine, sizes = replace(grid, bits=_FINE_BITS), model_sizes(model, spec, grid)
     budget_bytes = _budget_bytes(sizes, weight_ratio_max)
     coarse = {name: _quantize(model, name, grid, rounding) for name in sizes.extra}
     refined = {name: _quantize(model, name, fine, "rtn") for name in sizes.extra}  # a search gains nothing at 8 bits
-    with progress(label, len(coarse)) as report:
-        alone = divergences(model, text[0::2], [{name: tensor} for name, tensor in coarse.items()], report)
+    ranking, measuring = text[0::2], text[1::2]
+    with progress(label, len(ranking) * len(coarse)) as report:
+        alone = divergences(model, ranking, [{name: tensor} for name, tensor in coarse.items()], report)
     costs = dict(zip(coarse, alone, strict=True))
     order = upgrade_order(costs, sizes.extra, together=together)
+    points = curve_points(order, sizes.extra)
     chosen = [] if budget_bytes is None else fill(order, sizes.extra, budget_bytes)
-    points = [*curve_points(order, sizes.extra), chosen]
-    mixtures = [coarse | {name: refined[name] for name in point} for point in points]
-    measured = zip(points, divergences(model, text[1::2], mixtures), strict=True)
-    *curve, choice = (_figures(point, kl, sizes, costs) for point, kl in measured)
+    mixtures = [coarse | {name: refined[name] for name in point} for point in (*points, chosen)]
+    *curve, choice = (
+        _figures(point, kl, sizes, costs)
+        for point, kl in zip((*points, chosen), divergences(model, measuring, mixtures), strict=True)
+    )
     figures = {
         "tokens": int(text.size),
         "by_weight": {name: float(f"{kl:.4g}") for name, kl in costs.items()},
         "curve": curve,
-        "chosen": None if budget_bytes is None else choice | {"weights": sorted(chosen)},
     }
+    if budget_bytes is not None:
+        figures["chosen"] = choice | {"weights": sorted(chosen)}
     return {name: fine if name in chosen else grid for name in sizes.extra}, figures
 
 
 def spread(sequences: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
-    """At least so many tokens, and two sequences, evenly from all (S, T); all where there are fewer."""
+    """At least so many tokens, and two sequences, evenly from all (S, T); all where there are fewer.
+
+    Raises:
+        UserError: There is one sequence only.
+    """
+    if len(sequences) < 2:
+        raise UserError(
+            "quantize.sensitivity_tokens", tokens, "0 with a single training sequence",
+            "choose 0, or a larger distill.target_tokens",
+        )  # fmt: skip
     count = min(len(sequences), max(2, -(-tokens // sequences.shape[1])))
     return np.ascontiguousarray(sequences[np.linspace(0, len(sequences) - 1, count).astype(np.int64)])
 

@@ -35,7 +35,7 @@ def divergences(
             In fp32: the rounding of bf16 alone diverges more than one 4-bit weight does.
         tokens: (S, T) ids of text.
         changes: Sets of weights that are changed together.
-        report: Called with the number of passes so far: one a change and batch of BATCH_TOKENS.
+        report: Called with how much is done, of S times the number of changes.
     """
     totals, done = np.zeros(len(changes)), 0
     rows = max(1, BATCH_TOKENS // tokens.shape[1])
@@ -47,7 +47,7 @@ def divergences(
             with _substituted(model, change):
                 found = _log_p(model, _last_hidden(model, ids, recorded, _first_layer(change, len(recorded.inputs))))
             totals[index] += _summed_kl(expected, found)
-            done += 1
+            done += len(ids)
             report(done)
     return [float(total) / tokens.size for total in totals]
 
