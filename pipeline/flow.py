@@ -117,7 +117,7 @@ STAGES = {
             "quantize",
             ("quantize", "export"),
             ("pipeline/quantization", "pipeline/export", "pipeline/distillation/checkpoint_files.py", _FORMATS),
-            ("distill",),
+            ("targets", "distill"),
             "artifacts/weights/{}",
         ),
         Stage(
