@@ -31,7 +31,8 @@ _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
 _GRAPH_BYTES_A_LAYER = {"onnx": 13_000, "tflite": 17_000, "tflite_legacy": 17_000}  # two graphs each
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
-_QUANTIZE_S_A_WEIGHT = {"mse": 0.35e-6, "rtn": 0.08e-6}
+_QUANTIZE_S_A_WEIGHT = {"mse": 0.035e-6, "rtn": 0.013e-6}  # of one core
+_QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales of a 7B's embedding
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
 
@@ -217,7 +218,8 @@ def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     legacy = sizes.params if "tflite_legacy" in config.export.containers else 0
     seconds = _QUANTIZE_S_A_WEIGHT[config.quantize.rounding] * sizes.params
     return Needs(
-        weights_bytes(sizes, config) + legacy, _PROCESS_BYTES + sizes.params * (4.0 + 4 + 1 + 1),
+        weights_bytes(sizes, config) + legacy,
+        _PROCESS_BYTES + config.quantize.workers * _QUANTIZE_BYTES_A_WORKER,
         fixed_s=_PROCESS_S + seconds,
     )  # fmt: skip
 
