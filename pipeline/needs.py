@@ -29,9 +29,13 @@ RATIOS = "submodel.width and the other ratios"
 _STATES_KEPT = 2  # while a third is written
 _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
-_GRAPH_BYTES_A_LAYER = {"onnx": 13_000, "tflite": 17_000, "tflite_legacy": 17_000}  # two graphs each
+_GRAPH_BYTES_A_LAYER = {
+    "onnx": 13_000, "tflite": 17_000, "tflite_legacy": 17_000,  # two graphs each
+    "gguf": 700, "safetensors": 3_000, "safetensors_linear": 3_000,  # names and shapes
+}  # fmt: skip
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
 _QUANTIZE_S_A_WEIGHT = {"mse": 0.35e-6, "rtn": 0.08e-6}
+_READ_BYTES = 64e6  # logits of a batch that answers tasks
 _CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
@@ -105,7 +109,12 @@ def package_bytes(sizes: ModelSizes, config: Config) -> float:
     export, codes = config.export, weights_bytes(sizes, config)
     containers = [*export.containers, *training_containers(config)]
     total = sum(sizes.params if name == "tflite_legacy" else codes for name in containers)
-    return total + _graph_bytes(sizes, config) + _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
+    if "safetensors" in containers:  # scales in fp32
+        total += 2 * sizes.params / config.quantize.group
+    if "safetensors_linear" in containers:  # embedding and head in fp16
+        total += sizes.embedding_params * (2 - config.quantize.bits / 8)
+    tokenizers = 1 + len(export.containers) - len(export.run_containers)
+    return total + _graph_bytes(sizes, config) + tokenizers * _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
 
 
 def _clean(config: Config) -> Needs:
@@ -247,13 +256,20 @@ def _export(config: Config, family: FamilySizes, bf16: bool) -> Needs:
 
 
 def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
-    sizes, runtime, containers = family.submodels[config.submodel.name], config.runtime, len(config.export.containers)
+    sizes, runtime, containers = (
+        family.submodels[config.submodel.name],
+        config.runtime,
+        len(config.export.run_containers),
+    )
     length = min(config.distill.sequence_tokens, config.export.context_tokens)
-    tokens = runtime.evaluation_sequences * length
-    logits = 4.0 * tokens * sizes.vocab_size
+    tokens, asked = runtime.evaluation_sequences * length, runtime.task_tokens
+    # The student reads what the files read, and the tasks once more; the teacher reads the tasks, on the GPU.
+    read = (2 * tokens + asked) * containers + asked
     return Needs(
-        2e3, _PROCESS_BYTES + 4.0 * sizes.params + 3.0 * length * sizes.vocab_size * 4, scratch_bytes=logits,
-        host_flops=2 * containers * tokens * sizes.forward_flops(length), fixed_s=_PROCESS_S * containers,
+        1e5, _PROCESS_BYTES + 8.0 * sizes.params + max(_READ_BYTES, 3.0 * length * sizes.vocab_size * 4),
+        device_bytes={"teacher.load": _teacher_bytes(config, family.teacher)},
+        forward_flops=asked * family.teacher.forward_flops(length), host_flops=read * sizes.forward_flops(length),
+        fixed_s=_PROCESS_S * containers,
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def require_chain(configs: Mapping[str, Config]) -> FamilySizes:
 
 
 def require_sources(config: Config) -> None:
-    """Refuse a run whose teacher, text or legacy runtime is not there, before anything is done.
+    """Refuse a run whose teacher, text, tasks or legacy runtime are not there, before anything is done.
 
     Raises:
         UserError: One of them is missing; the message names it.
@@ -108,6 +108,10 @@ def require_sources(config: Config) -> None:
     from pipeline.distillation.teachers import resolve_checkpoint
     from pipeline.export.assembly import require_legacy_python
 
+    if config.runtime.task_files:
+        from pipeline.evaluation.preparation import task_files
+
+        task_files(config.runtime)
     if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
         resolve_checkpoint(config.teacher)
     if isinstance(config.data, DataConfig) and config.data.path is not None:
