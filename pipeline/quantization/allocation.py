@@ -77,7 +77,7 @@ def grids_of(run: StageRun, source: Checkpoint) -> tuple[dict[str, Grid], dict[s
         grid,
         rounding="rtn" if settings.rounding == "rtn" else "mse",
         weight_ratio_max=settings.weight_ratio_max,
-        together=bool(containers & {"safetensors", "safetensors_linear"}),
+        together="safetensors_linear" in containers,
         label=f"sensitivity {run.submodel}",
     )
     return {name: grids[name] for name in source.matrices}, {"sensitivity": figures}

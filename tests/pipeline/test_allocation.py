@@ -209,6 +209,8 @@ def test_onnx_runs_a_mixture(make_model: MakeModel, tmp_path: Path, group: int) 
 
 @pytest.mark.parametrize(("overrides", "line"), [
     ("quantize.weight_ratio_max=0.28", "quantize.weight_ratio_max: tflite holds 4-bit codes only"),
+    ("quantize.weight_ratio_max=0.28 export.containers=[onnx,safetensors]",
+     "quantize.weight_ratio_max: safetensors holds one grid"),
     ("quantize.weight_ratio_max=0.4 export.containers=[onnx]", "quantize.weight_ratio_max: 0.4 is more than the gate"),
     ("quantize.weight_ratio_max=0.28 quantize.sensitivity_tokens=0", "quantize: weight_ratio_max needs weights ranked"),
     ("quantize.bits=8 export.containers=[onnx]", "quantize: sensitivity_tokens measure what 4 bits cost"),
