@@ -391,8 +391,12 @@ class Config(_Strict):
         return self
 
     def _check_mixed_bits(self, ratio_max: float) -> None:
-        if "tflite" in self.export.containers:
-            raise ValueError("quantize.weight_ratio_max: tflite holds 4-bit codes only; leave it out, or choose null")
+        held = {"tflite": "4-bit codes", "safetensors": "one grid (safetensors_linear several)"}
+        for container, codes in held.items():
+            if container in self.export.containers:
+                raise ValueError(
+                    f"quantize.weight_ratio_max: {container} holds {codes} only; leave it out, or choose null"
+                )
         gated = "onnx" in self.export.containers and "onnx" in self.gate.containers
         if gated and ratio_max > self.gate.onnx_weight_ratio_max:
             raise ValueError(

@@ -11,18 +11,19 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.decoder import EMBEDDING, HEAD, DecoderSpec
 from edge_runtime.formats.errors import ExportError, UserError
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.artifacts import StageRun
 from pipeline.progress import progress
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import quantize_tensor
+from pipeline.quantization.source import Checkpoint
 
 CURVE_SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of the bytes between four bits and eight
 _FINE_BITS = 8
@@ -50,7 +51,7 @@ class Sizes:
         return (self.least + sum(self.extra[name] for name in refined)) / self.fp16
 
 
-def grids_of(run: StageRun, spec: DecoderSpec) -> tuple[dict[str, Grid], dict[str, Any]]:
+def grids_of(run: StageRun, source: Checkpoint) -> tuple[dict[str, Grid], dict[str, Any]]:
     """A grid for every matrix of a submodel, and ``{"sensitivity": figures}`` where the settings have it measured.
 
     Raises:
@@ -60,28 +61,31 @@ def grids_of(run: StageRun, spec: DecoderSpec) -> tuple[dict[str, Grid], dict[st
     settings, containers = run.config.quantize, set(run.config.export.containers)
     grid = Grid(settings.bits, settings.group, positive_scales="tflite" in containers)
     if not settings.sensitivity_tokens:
-        return dict.fromkeys(_matrix_shapes(spec, grid.group), grid), {}
+        return source.grids(grid), {}
     import torch
 
     from pipeline.export.checkpoint import load_student
 
     sequences = np.load(run.layout.sequences(run.submodel) / "train.npy", mmap_mode="r")
+    model = load_student(run.layout.student(run.submodel)).to("cuda" if torch.cuda.is_available() else "cpu")
+    if source.spec.tied_embeddings:  # by equal copies, perhaps: what is stored once is measured as one
+        model.lm_head.weight = model.model.embed_tokens.weight
     grids, figures = choose_grids(
-        load_student(run.layout.student(run.submodel)).to("cuda" if torch.cuda.is_available() else "cpu"),
-        spec,
+        model,
+        sizes_of(source, grid),
         spread(sequences, settings.sensitivity_tokens),
         grid,
         rounding="rtn" if settings.rounding == "rtn" else "mse",
         weight_ratio_max=settings.weight_ratio_max,
-        together=bool(containers & {"safetensors", "safetensors_linear"}),
+        together="safetensors_linear" in containers,
         label=f"sensitivity {run.submodel}",
     )
-    return grids, {"sensitivity": figures}
+    return {name: grids[name] for name in source.matrices}, {"sensitivity": figures}
 
 
 def choose_grids(
     model: Any,
-    spec: DecoderSpec,
+    sizes: Sizes,
     text: NDArray[np.int32],
     grid: Grid,
     *,
@@ -94,7 +98,7 @@ def choose_grids(
 
     Args:
         model: Float weights in fp32, on any device.
-        spec: Its sizes, with the FFN padded to whole groups or not.
+        sizes: Its bytes in ``grid`` and in 8 bits.
         text: (S, T) ids of training text, never held-out, S >= 2: every other sequence ranks, the others measure.
         grid: Of the matrices that stay in 4 bits.
         rounding: How 4-bit codes are chosen while measuring: ``rtn`` or ``mse``.
@@ -113,7 +117,7 @@ def choose_grids(
     """
     from pipeline.quantization.sensitivity import divergences
 
-    fine, sizes = replace(grid, bits=_FINE_BITS), model_sizes(model, spec, grid)
+    fine = replace(grid, bits=_FINE_BITS)
     budget_bytes = _budget_bytes(sizes, weight_ratio_max)
     coarse = {name: _quantize(model, name, grid, rounding) for name in sizes.extra}
     refined = {name: _quantize(model, name, fine, "rtn") for name in sizes.extra}  # a search gains nothing at 8 bits
@@ -154,22 +158,22 @@ def spread(sequences: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(sequences[np.linspace(0, len(sequences) - 1, count).astype(np.int64)])
 
 
-def model_sizes(model: Any, spec: DecoderSpec, grid: Grid) -> Sizes:
-    """Bytes of a model's weights in ``grid``, and what 8 bits would add; the FFN counts as padded to whole groups."""
-    shapes = _matrix_shapes(spec, grid.group)
+def sizes_of(source: Checkpoint, grid: Grid) -> Sizes:
+    """Bytes of a checkpoint in ``grid``, its FFN padded to whole groups, and what 8 bits would add."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     coarse, fine = (
-        {name: stored_bytes(shape, each) for name, shape in shapes.items()}
+        {name: stored_bytes(shape, each) for name, shape in shapes.items() if len(shape) == 2}
         for each in (grid, replace(grid, bits=_FINE_BITS))
     )
-    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
+    vectors = sum(prod(shape) for shape in shapes.values() if len(shape) < 2)
     return Sizes(
         least=sum(coarse.values()) + 4 * vectors,
-        extra={name: fine[name] - coarse[name] for name in shapes},
-        fp16=2 * sum(parameter.numel() for parameter in model.parameters()),
+        extra={name: fine[name] - coarse[name] for name in coarse},
+        fp16=2 * source.params,
     )
 
 
-def stored_bytes(shape: tuple[int, int], grid: Grid) -> int:
+def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
     """Codes and fp16 scales of a matrix (N, K)."""
     return shape[0] * -(-shape[1] // grid.group) * (grid.group * grid.bits // 8 + 2)
 
@@ -201,14 +205,6 @@ def curve_points(order: Sequence[Unit], extra: Mapping[str, int]) -> list[list[s
     taken = list(accumulate(sum(extra[name] for name in unit) for unit in order))
     counts = sorted({bisect_right(taken, share * taken[-1]) for share in CURVE_SHARES})
     return [[name for unit in order[:count] for name in unit] for count in counts]
-
-
-def _matrix_shapes(spec: DecoderSpec, group: int) -> dict[str, tuple[int, int]]:
-    """(N, K) of every 2-D weight, the FFN padded to whole groups; a tied head is none."""
-    padded = replace(spec, intermediate_size=-(-spec.intermediate_size // group) * group)
-    modules = (EMBEDDING,) if spec.tied_embeddings else (EMBEDDING, HEAD)
-    shapes = {f"{module}.weight": (spec.vocab_size, spec.hidden_size) for module in modules}
-    return shapes | {f"{name}.weight": padded.projection_shape(kind) for name, kind in padded.module_names()}
 
 
 def _budget_bytes(sizes: Sizes, weight_ratio_max: float | None) -> int | None:

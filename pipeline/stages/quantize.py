@@ -23,8 +23,8 @@ def run(run: StageRun) -> None:
     config, settings = run.config, run.config.quantize
     student = run.layout.student(run.submodel)
     source = open_checkpoint(student, config.export.context_tokens, settings.group, f"student {run.submodel}")
-    grids, sensitivity = grids_of(run, source.spec)
-    figures = _write(run, source, {name: grids[name] for name in source.matrices}, WEIGHTS_FILE)
+    grids, sensitivity = grids_of(run, source)
+    figures = _write(run, source, grids, WEIGHTS_FILE)
     if "tflite_legacy" in config.export.containers:
         _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
     write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity)

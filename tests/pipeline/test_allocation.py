@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,24 @@ from pipeline.export.onnx_graph import write_onnx
 from pipeline.export.onnx_reader import read_onnx_weights
 from pipeline.export.parity import load_dequantized, require_same_weights
 from pipeline.plan import require_chain
-from pipeline.quantization.allocation import choose_grids, curve_points, fill, model_sizes, spread, upgrade_order
+from pipeline.quantization.allocation import Sizes, choose_grids, curve_points, fill, sizes_of, spread, upgrade_order
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import pad_intermediate, quantize_tensor
+from pipeline.quantization.source import open_checkpoint
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 GRID = Grid(bits=4, group=32, positive_scales=True)
 TEXT = np.random.default_rng(1).integers(0, VOCABULARY, (6, 16)).astype(np.int32)
-KIND = {"rounding": "mse", "together": False}
 
 
-def _choose(model: Any, ratio: float | None = None, text: Any = TEXT, **options: Any) -> tuple[dict[str, Grid], Any]:
-    given = KIND | {"weight_ratio_max": ratio} | options
-    return choose_grids(model, spec_of(model, 64), text, given.pop("grid", GRID), **given)
+def _sizes(model: Any) -> Sizes:
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sizes_of(open_checkpoint(Path(folder), 64, GRID.group), GRID)
+
+
+def _choose(model: Any, ratio: float | None = None, text: Any = TEXT) -> tuple[dict[str, Grid], Any]:
+    return choose_grids(model, _sizes(model), text, GRID, rounding="mse", weight_ratio_max=ratio, together=False)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -108,7 +114,7 @@ def test_bytes_are_those_of_the_codes_that_are_stored(
         left = [name for name, grid in grids.items() if grid.bits == 4]
         assert refined and left and figures["chosen"]["weights"] == sorted(refined)
         room = ratio * 2 * sum(p.numel() for p in model.parameters()) - stored
-        extra = model_sizes(model, spec_of(model, 64), GRID).extra
+        extra = _sizes(model).extra
         assert all(extra[name] > room for name in left)
 
 
@@ -130,7 +136,7 @@ def test_more_bytes_diverge_less_and_sums_foretell_it(make_model: MakeModel) -> 
 def test_a_choice_diverges_no_more_than_eight_bits_for_one_kind_or_layer(make_model: MakeModel, kind: str) -> None:
     """At the same bytes, measured on the text that ranked."""
     model = make_model("llama", tie_word_embeddings=True)
-    sizes, text = model_sizes(model, spec_of(model, 64), GRID), np.repeat(TEXT[:3], 2, axis=0)
+    sizes, text = _sizes(model), np.repeat(TEXT[:3], 2, axis=0)
     uniform = [name for name in sizes.extra if kind in name]
     _, figures = _choose(model, sizes.ratio(uniform) + 1e-9, text)
     from pipeline.quantization.sensitivity import divergences
@@ -163,7 +169,7 @@ def test_text_is_spread_over_all_sequences() -> None:
 
 def test_a_ratio_below_four_bits_names_what_they_take(make_model: MakeModel) -> None:
     model = make_model("llama")
-    least = model_sizes(model, spec_of(model, 64), GRID).ratio(())
+    least = _sizes(model).ratio(())
     with pytest.raises(UserError, match=rf"quantize.weight_ratio_max: got 0.26, allowed: at least {least:.4f}"):
         _choose(model, 0.26)
     assert {grid.bits for grid in _choose(model, least + 1e-6)[0].values()} == {4}
@@ -203,6 +209,8 @@ def test_onnx_runs_a_mixture(make_model: MakeModel, tmp_path: Path, group: int) 
 
 @pytest.mark.parametrize(("overrides", "line"), [
     ("quantize.weight_ratio_max=0.28", "quantize.weight_ratio_max: tflite holds 4-bit codes only"),
+    ("quantize.weight_ratio_max=0.28 export.containers=[onnx,safetensors]",
+     "quantize.weight_ratio_max: safetensors holds one grid"),
     ("quantize.weight_ratio_max=0.4 export.containers=[onnx]", "quantize.weight_ratio_max: 0.4 is more than the gate"),
     ("quantize.weight_ratio_max=0.28 quantize.sensitivity_tokens=0", "quantize: weight_ratio_max needs weights ranked"),
     ("quantize.bits=8 export.containers=[onnx]", "quantize: sensitivity_tokens measure what 4 bits cost"),
