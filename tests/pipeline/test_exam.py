@@ -43,7 +43,14 @@ def said(right: int, total: int = ITEMS) -> Answers:
 
 @pytest.fixture
 def answered() -> Callable[[int], dict[str, Answers]]:
-    return lambda right: {"choose": said(right), "write": Answers(said(right).correct, np.where(np.arange(ITEMS) < right, -1, 9))}  # fmt: skip
+    def answer(right: int) -> dict[str, Answers]:
+        correct = np.arange(ITEMS) < right
+        return {
+            "choose": Answers(correct, np.where(correct, 0, 2)),
+            "write": Answers(correct, np.where(correct, -1, 9)),
+        }
+
+    return answer
 
 
 def test_the_table_compares_each_container_with_fp_and_apart_with_the_teacher(exam: Exam, answered: Any) -> None:
@@ -90,10 +97,10 @@ def test_a_task_that_decides_nothing_is_never_passed_and_none_at_all_fails(exam:
 def test_one_failing_task_of_one_container_is_enough(exam: Exam, answered: Any) -> None:
     found = {"onnx": answered(320), "tflite": answered(320) | {"write": answered(200)["write"]}}
     table = recovery_table(exam, answered(320), {}, found, BOUNDS, 0.95)
-    verdicts = {(name, container): entry["verdict"] for name in table for container, entry in table[name]["containers"].items()}  # fmt: skip
-    assert verdicts["choose", "tflite"] == verdicts["choose", "onnx"] == "passed"
+    choose, write = (table[name]["containers"] for name in ("choose", "write"))
+    assert choose["tflite"]["verdict"] == choose["onnx"]["verdict"] == "passed"
     # Of written answers the commonest one is the chance: nobody beats it here, and the task decides nothing.
-    assert verdicts["write", "tflite"] == "not decidable"
+    assert write["tflite"]["verdict"] == "not decidable"
     worse = {"onnx": answered(320), "tflite": answered(290)}
     table = recovery_table(exam, answered(320), {}, worse, BOUNDS, 0.95)
     reasons = recovery_reasons(table, ["onnx", "tflite"], 0.95)
