@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
 FloatArray = NDArray[np.float32]
 RMS_RATIO_LIMIT = 0.10  # a wrong scale, a swapped nibble or a missing rotation gives 0.3 and more
 _RUN_TIMEOUT_S = 1800
+_BLOCK_CODES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,7 @@ def require_same_weights(name: str, expected: Weights, found: Weights) -> None:
     for tensor, value in expected.items():
         other = found[tensor]
         if isinstance(value, QuantizedTensor) and isinstance(other, QuantizedTensor):
-            same = (
-                value.shape == other.shape
-                and np.array_equal(_bits(value)[0], _bits(other)[0])
-                and np.array_equal(_bits(value)[1], _bits(other)[1])
-            )
+            same = _same_codes(value, other)
         else:
             same = not isinstance(value, QuantizedTensor) and np.array_equal(value, other)  # type: ignore[arg-type]
         if not same:
@@ -123,26 +122,101 @@ def run_edge(
     Raises:
         BackendError: The process failed or printed no JSON.
     """
-    root = Path(__file__).resolve().parent.parent.parent
-    line = [
-        str(python), "-m", "edge_runtime", command, "--package", str(package), "--container", container,
-        "--threads", str(threads), "--json", *arguments,
-    ]  # fmt: skip
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, env=_environment(root), check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BackendError(f"{container} in {python}: exit {done.returncode}: {last}")
+    line = _command_line(python, command, package, container, threads, arguments)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, env=_environment(), check=False)
+    _require_success(container, python, done.returncode, done.stderr)
     try:
         return json.loads(done.stdout)
     except ValueError as error:
         raise BackendError(f"{container} in {python}: printed no JSON") from error
 
 
-def _environment(root: Path) -> Mapping[str, str]:
+def piped_logits(
+    python: Path, package: Path, container: str, tokens: NDArray[np.int32], *, threads: int
+) -> Generator[FloatArray]:
+    """Run ``bench --score`` in a fresh process and take (T, V) logits of each row of (S, T) tokens as they come.
+
+    Raises:
+        BackendError: The process failed, or ended early.
+    """
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        np.save(Path(folder) / "tokens.npy", tokens)
+        reading, writing = os.pipe()
+        source = stack.enter_context(os.fdopen(reading, "rb"))
+        sink, complaints = stack.enter_context(os.fdopen(writing, "wb")), stack.enter_context(TemporaryFile("w+"))
+        line = _command_line(
+            python, "bench", package, container, threads,
+            ["--repeat", "0", "--score", f"{folder}/tokens.npy", "--logits-out", f"/dev/fd/{writing}"],
+        )  # fmt: skip
+        process = subprocess.Popen(
+            line, stdout=subprocess.DEVNULL, stderr=complaints, env=_environment(), pass_fds=(writing,)
+        )
+        stack.callback(_end, process)
+        sink.close()  # the process holds the other end now: when it ends, so does the stream
+        whole = False
+        try:
+            shape, _, dtype = np.lib.format.read_array_header_1_0(source) if _is_npy(source) else ((), False, None)
+            if shape[:2] == tokens.shape and len(shape) == 3 and dtype == np.float32:
+                size = 4 * shape[1] * shape[2]
+                for _ in range(shape[0]):
+                    if len(row := source.read(size)) < size:
+                        break
+                    yield np.frombuffer(row, np.float32).reshape(shape[1:])
+                else:
+                    whole = True
+        except ValueError:
+            whole = False
+        code = process.wait(_RUN_TIMEOUT_S)
+        complaints.seek(0)
+        _require_success(container, python, code, complaints.read())
+        if not whole:
+            raise BackendError(f"{container} in {python}: its logits end early")
+
+
+def _is_npy(source: BinaryIO) -> bool:
+    return source.read(8) == np.lib.format.magic(1, 0)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A process that nobody listens to any more."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def _command_line(
+    python: Path, command: str, package: Path, container: str, threads: int, arguments: Sequence[str]
+) -> list[str]:
+    return [
+        str(python), "-m", "edge_runtime", command, "--package", str(package), "--container", container,
+        "--threads", str(threads), "--json", *arguments,
+    ]  # fmt: skip
+
+
+def _require_success(container: str, python: Path, code: int, complaints: str) -> None:
+    if code:
+        last = (complaints.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"{container} in {python}: exit {code}: {last}")
+
+
+def _environment() -> Mapping[str, str]:
+    root = Path(__file__).resolve().parent.parent.parent
     return {**os.environ, "PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1"}
 
 
-def _bits(tensor: QuantizedTensor) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
-    return tensor.codes[:, : tensor.columns], tensor.scales.view(np.uint16)
+def _same_codes(value: QuantizedTensor, other: QuantizedTensor) -> bool:
+    """Every code and scale, a block of rows after the other; codes of the padding may differ."""
+    if (value.shape, value.scales.shape) != (other.shape, other.scales.shape):
+        return False
+    if not np.array_equal(value.scales.view(np.uint16), other.scales.view(np.uint16)):
+        return False
+    blocks = range(0, value.shape[0], max(1, _BLOCK_CODES // value.padded_columns))
+    return all(
+        _same_block(value.rows(start, start + blocks.step), other.rows(start, start + blocks.step)) for start in blocks
+    )
+
+
+def _same_block(value: QuantizedTensor, other: QuantizedTensor) -> bool:
+    if value.bits == other.bits and np.array_equal(value.packed, other.packed):
+        return True
+    return np.array_equal(value.codes[:, : value.columns], other.codes[:, : other.columns])
