@@ -1,8 +1,9 @@
 """What ways of filling one grid cost: KL to the fp model, first choices, perplexity; several seeds, the same bytes.
 
-Checkpoints are the reference teacher and students; text is documentation that none of them was trained on, calibration and
-distillation see training documents only. A seed chooses the calibration text and the order of the batches. RTN is the rule
-of GGUF's Q4_0 with the same scale signs and the same matrices as the method beside it; ``shipped`` has positive scales.
+Checkpoints are the reference teacher and students; text is documentation that none of them was trained on, calibration
+and distillation see training documents only. A seed chooses the calibration text and the order of the batches. RTN is
+the rule of GGUF's Q4_0 with the same scale signs and the same matrices as the method beside it; ``shipped`` has
+positive scales.
 """
 
 from __future__ import annotations

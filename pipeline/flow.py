@@ -79,6 +79,9 @@ _TRAINING = tuple(
         "sharding",
     )
 )
+_TRAINING_IN_CODES = tuple(
+    f"distill.{key}" for key in ("precision", "checkpoint_every_steps", "chunk_tokens", "micro_sequences", "compile")
+)
 _SIGNAL = tuple(
     f"distill.{key}"
     for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
@@ -115,8 +118,8 @@ STAGES = {
         ),
         Stage(
             "quantize",
-            ("quantize", "export"),
-            ("pipeline/quantization", "pipeline/export", "pipeline/distillation/checkpoint_files.py", _FORMATS),
+            ("quantize", "export", *_TRAINING_IN_CODES, "seed", "threads"),
+            ("pipeline/quantization", "pipeline/export", *_MODELS),
             ("targets", "distill"),
             "artifacts/weights/{}",
         ),
