@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edge_runtime.formats.errors import BackendError, UserError
 from edge_runtime.probe import peak_rss_bytes
@@ -106,7 +106,7 @@ def score_tokens(
     Args:
         backend: What is scored.
         tokens: (S, T) ids.
-        logits_out: Written as .npy, float32 (S, T, V), in one step at the end.
+        logits_out: Written as .npy, float32 (S, T, V): a file that is there when it is complete, or a pipe.
 
     Returns:
         ``loss`` (mean, nats a token), ``perplexity`` and ``scored_tokens``.
@@ -127,7 +127,7 @@ def score_tokens(
     cache = backend.allocate(columns)
     loss_sum = 0.0
     with _npy_writer(logits_out, (rows, columns, vocab_size)) as written:
-        for index, row in enumerate(tokens.tolist()):
+        for row in tokens.tolist():
             cache.truncate(0)
             logits = backend.prefill(row, cache, all_logits=True)
             wide = logits[:-1].astype(np.float64)
@@ -135,7 +135,7 @@ def score_tokens(
             losses = np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(columns - 1), row[1:]]
             loss_sum += float(losses.sum())
             if written is not None:
-                written[index] = logits
+                written.write(np.ascontiguousarray(logits, np.float32).data)
     scored_tokens = rows * (columns - 1)
     loss = loss_sum / scored_tokens
     if not math.isfinite(loss):
@@ -178,21 +178,32 @@ def _measure_speed(session: Session, plan: BenchPlan) -> dict[str, float | int]:
 
 
 @contextmanager
-def _npy_writer(path: Path | None, shape: tuple[int, int, int]) -> Iterator[NDArray[np.float32] | None]:
-    """A float32 array mapped to a file that appears under its name when complete; None without a path."""
+def _npy_writer(path: Path | None, shape: tuple[int, int, int]) -> Iterator[BinaryIO | None]:
+    """A .npy file of float32, its header written and its rows to follow; None without a path.
+
+    A file appears under its name when complete. A pipe is written to as it is: whoever reads it needs no disk.
+    """
     if path is None:
         yield None
         return
     import numpy as np
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    piped = path.exists() and not path.is_file()
+    temporary = path if piped else path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        written = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        yield written
-        written.flush()
-        temporary.replace(path)
+        with temporary.open("wb") as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            yield file
+        if not piped:
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if not piped:
+            temporary.unlink(missing_ok=True)
 
 
 def _shown(value: Any) -> str:

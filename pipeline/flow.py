@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -109,15 +109,15 @@ STAGES = {
         Stage(
             "distill",
             ("submodel", "distill", "seed", "threads"),
-            (*_MODELS, *_PACKING, "pipeline/evaluation"),
+            (*_MODELS, *_PACKING, "pipeline/evaluation/long_context.py"),
             ("clean", "teacher", "targets"),
             "artifacts/students/{}",
         ),
         Stage(
             "quantize",
             ("quantize", "export"),
-            ("pipeline/quantization", "pipeline/export", "pipeline/distillation/checkpoint_files.py", _FORMATS),
-            ("distill",),
+            ("pipeline/quantization", "pipeline/export", *_MODELS),
+            ("targets", "distill"),
             "artifacts/weights/{}",
         ),
         Stage(
@@ -134,14 +134,15 @@ STAGES = {
         ),
         Stage(
             "evaluate",
-            ("export", "runtime", "gate", "submodel"),
+            ("export", "runtime", "gate", "submodel", "distill.sequence_tokens", "distill.precision", "seed"),
             (
-                _STUDENT_LOGITS,
+                *_PACKING,
+                "pipeline/distillation",
                 "pipeline/export",
-                "pipeline/distillation/scoring.py",
+                "pipeline/evaluation",
                 "edge_runtime",
             ),
-            ("targets", "distill", "quantize", "export"),
+            ("clean", "teacher", "targets", "distill", "quantize", "export"),
             "artifacts/evaluations/{}",
         ),
         Stage(
@@ -154,7 +155,7 @@ STAGES = {
         Stage(
             "report",
             ("family", "runtime", "data.source"),
-            ("pipeline/report", "pipeline/stages/package.py"),
+            ("pipeline/report", "pipeline/stages/package.py", f"{_FORMATS}/decoder.py"),
             ("evaluate", "package"),
             "artifacts/report",
         ),
@@ -347,15 +348,17 @@ def _larger_students(stage: Stage, config: Config, layout: Layout) -> list[Path]
 
 def _external(stage: Stage, config: Config) -> list[str]:
     """Files outside the project that a stage reads, as name, size and time of change."""
-    roots = {
-        "clean": config.data.path,
-        "teacher": getattr(config.teacher, "path", None),
-        "distill": config.submodel.checkpoint,
+    roots: dict[str, Sequence[Path | None]] = {
+        "clean": [config.data.path],
+        "teacher": [getattr(config.teacher, "path", None)],
+        "distill": [config.submodel.checkpoint],
+        "evaluate": config.runtime.task_files,
     }
-    root = roots.get(stage.name)
-    if root is None or not located(root).exists():
-        return []
-    root = located(root)
+    found = [located(root) for root in roots.get(stage.name, []) if root is not None]
+    return [line for root in found if root.exists() for line in _external_lines(root)]
+
+
+def _external_lines(root: Path) -> list[str]:
     if root.is_relative_to(PROJECT) and root.is_dir():
         return [tree_digest(root)]  # the same in every clone
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())

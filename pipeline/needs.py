@@ -29,10 +29,16 @@ RATIOS = "submodel.width and the other ratios"
 _STATES_KEPT = 2  # while a third is written
 _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
-_GRAPH_BYTES_A_LAYER = {"onnx": 13_000, "tflite": 17_000, "tflite_legacy": 17_000}  # two graphs each
+_GRAPH_BYTES_A_LAYER = {
+    "onnx": 13_000, "tflite": 17_000, "tflite_legacy": 17_000,  # two graphs each
+    "gguf": 700, "safetensors": 3_000, "safetensors_linear": 3_000,  # names and shapes
+}  # fmt: skip
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
 _QUANTIZE_S_A_WEIGHT = {"mse": 0.035e-6, "rtn": 0.013e-6}  # of one core
+_SENSITIVITY_BYTES_A_WEIGHT = 7.5  # the model in fp32, and every matrix in 4 bits and in 8
 _QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales of a 7B's embedding
+_READ_BYTES = 64e6  # logits of a batch that answers tasks
+_CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
 
@@ -87,12 +93,17 @@ def stored_bytes_a_position(vocab_size: int, draws: int) -> float:
 
 def weights_bytes(sizes: ModelSizes, config: Config) -> float:
     """Codes, fp16 scales and fp32 vectors, as they are stored once for every container."""
+    mixed = (config.quantize.weight_ratio_max or 0.0) * 2 * sizes.params
+    return max(least_weights_bytes(sizes, config), mixed) + _HEADER_BYTES_A_LAYER * sizes.num_hidden_layers
+
+
+def least_weights_bytes(sizes: ModelSizes, config: Config) -> float:
+    """Codes of ``quantize.bits`` everywhere, scales and vectors, without a file around them."""
     quantize = config.quantize
     padded = -(-sizes.intermediate_size // quantize.group) * quantize.group - sizes.intermediate_size
     vectors = (2 * sizes.num_hidden_layers + 1) * sizes.hidden_size
     matrices = sizes.params - vectors + 3 * sizes.num_hidden_layers * sizes.hidden_size * padded
-    header = _HEADER_BYTES_A_LAYER * sizes.num_hidden_layers
-    return matrices * (quantize.bits / 8 + 2 / quantize.group) + vectors * 4 + header
+    return matrices * (quantize.bits / 8 + 2 / quantize.group) + vectors * 4
 
 
 def package_bytes(sizes: ModelSizes, config: Config) -> float:
@@ -100,7 +111,12 @@ def package_bytes(sizes: ModelSizes, config: Config) -> float:
     export, codes = config.export, weights_bytes(sizes, config)
     containers = [*export.containers, *training_containers(config)]
     total = sum(sizes.params if name == "tflite_legacy" else codes for name in containers)
-    return total + _graph_bytes(sizes, config) + _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
+    if "safetensors" in containers:  # scales in fp32
+        total += 2 * sizes.params / config.quantize.group
+    if "safetensors_linear" in containers:  # embedding and head in fp16
+        total += sizes.embedding_params * (2 - config.quantize.bits / 8)
+    tokenizers = 1 + len(export.containers) - len(export.run_containers)
+    return total + _graph_bytes(sizes, config) + tokenizers * _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
 
 
 def _clean(config: Config) -> Needs:
@@ -216,10 +232,15 @@ def _distill(config: Config, family: FamilySizes, bf16: bool) -> Needs:
 def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     sizes = family.submodels[config.submodel.name]
     legacy = sizes.params if "tflite_legacy" in config.export.containers else 0
-    seconds = _QUANTIZE_S_A_WEIGHT[config.quantize.rounding] * sizes.params
+    quantize, length = config.quantize, config.distill.sequence_tokens
+    seconds = _QUANTIZE_S_A_WEIGHT[quantize.rounding] * sizes.params
+    # Half of the text ranks, by half a pass a matrix; the other half measures points of the curve by whole ones.
+    passes = (7 * sizes.num_hidden_layers + 2) / 4 + (_CURVE_POINTS + 2) / 2
     return Needs(
         weights_bytes(sizes, config) + legacy,
-        _PROCESS_BYTES + config.quantize.workers * _QUANTIZE_BYTES_A_WORKER,
+        _PROCESS_BYTES + (_SENSITIVITY_BYTES_A_WEIGHT * sizes.params if quantize.sensitivity_tokens else 0)
+        + quantize.workers * _QUANTIZE_BYTES_A_WORKER,
+        forward_flops=passes * quantize.sensitivity_tokens * sizes.forward_flops(length),
         fixed_s=_PROCESS_S + seconds,
     )  # fmt: skip
 
@@ -239,13 +260,20 @@ def _export(config: Config, family: FamilySizes, bf16: bool) -> Needs:
 
 
 def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
-    sizes, runtime, containers = family.submodels[config.submodel.name], config.runtime, len(config.export.containers)
+    sizes, runtime, containers = (
+        family.submodels[config.submodel.name],
+        config.runtime,
+        len(config.export.run_containers),
+    )
     length = min(config.distill.sequence_tokens, config.export.context_tokens)
-    tokens = runtime.evaluation_sequences * length
-    logits = 4.0 * tokens * sizes.vocab_size
+    tokens, asked = runtime.evaluation_sequences * length, runtime.task_tokens
+    # The student reads what the files read, and the tasks once more; the teacher reads the tasks, on the GPU.
+    read = (2 * tokens + asked) * containers + asked
     return Needs(
-        2e3, _PROCESS_BYTES + 4.0 * sizes.params + 3.0 * length * sizes.vocab_size * 4, scratch_bytes=logits,
-        host_flops=2 * containers * tokens * sizes.forward_flops(length), fixed_s=_PROCESS_S * containers,
+        1e5, _PROCESS_BYTES + 8.0 * sizes.params + max(_READ_BYTES, 3.0 * length * sizes.vocab_size * 4),
+        device_bytes={"teacher.load": _teacher_bytes(config, family.teacher)},
+        forward_flops=asked * family.teacher.forward_flops(length), host_flops=read * sizes.forward_flops(length),
+        fixed_s=_PROCESS_S * containers,
     )  # fmt: skip
 
 

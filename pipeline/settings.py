@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Container = Literal["onnx", "tflite", "tflite_legacy"]
+RunContainer = Literal["onnx", "tflite", "tflite_legacy"]
+Container = RunContainer | Literal["gguf", "safetensors", "safetensors_linear"]  # files for other runtimes
+RUN_CONTAINERS: tuple[str, ...] = get_args(RunContainer)
+DocumentationTask = Literal["cloze", "pairing", "multiple_choice", "exact_match", "needle"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -227,6 +230,16 @@ class QuantizeConfig(_Strict):
     group: Literal[32, 64, 128]
     rounding: Literal["rtn", "mse"]
     workers: Annotated[int, Field(ge=1, le=256)]
+    sensitivity_tokens: Annotated[int, Field(ge=0, le=65_536)]
+    weight_ratio_max: Annotated[float, Field(gt=0.25, lt=0.6)] | None
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizeConfig:
+        if self.bits == 8 and self.sensitivity_tokens:
+            raise ValueError("sensitivity_tokens measure what 4 bits cost; with bits=8 choose sensitivity_tokens=0")
+        if self.weight_ratio_max is not None and not self.sensitivity_tokens:
+            raise ValueError("weight_ratio_max needs weights ranked, on text; choose sensitivity_tokens=1024")
+        return self
 
 
 class ExportConfig(_Strict):
@@ -247,10 +260,17 @@ class ExportConfig(_Strict):
     version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}\.\d{1,6}$")]
     counter: Count
 
+    @property
+    def run_containers(self) -> list[str]:
+        """Those that edge_runtime runs: only they are measured."""
+        return [container for container in self.containers if container in RUN_CONTAINERS]
+
     @model_validator(mode="after")
     def _check(self) -> ExportConfig:
         if len(set(self.containers)) != len(self.containers):
             raise ValueError("containers must not repeat")
+        if not self.run_containers:
+            raise ValueError(f"containers hold none that is run and measured; add one of {', '.join(RUN_CONTAINERS)}")
         if self.prefill_tokens >= self.context_tokens:
             raise ValueError("prefill_tokens must be below context_tokens")
         if self.train_buckets != sorted(set(self.train_buckets)) or max(self.train_buckets, default=0) > (
@@ -265,12 +285,15 @@ class ExportConfig(_Strict):
 class GateConfig(_Strict):
     """Bounds that a submodel must keep to be registered, and how ``stage=gate`` judges a federation's adapter."""
 
-    containers: list[Container]
+    containers: list[RunContainer]
     perplexity_ratio_max: Annotated[float, Field(gt=1)]
     top1_to_fp_min: Annotated[float, Field(ge=0, le=1)]
     onnx_weight_ratio_max: Ratio
     tflite_weight_ratio_max: Ratio
     beats_from_scratch: bool
+    recovery_min: Ratio
+    items_min: Count
+    above_chance_min: Annotated[float, Field(ge=0, lt=1)]
     margin: Annotated[float, Field(ge=0, lt=100)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     resamples: Annotated[int, Field(ge=100, le=100_000)]
@@ -315,6 +338,17 @@ class RuntimeConfig(_Strict):
     bench_tokens: Count
     prompt: Annotated[str, Field(min_length=1, max_length=2000)]
     max_tokens: Count
+    tasks: list[DocumentationTask]
+    task_tokens: Annotated[int, Field(ge=64, le=100_000_000)]
+    task_files: list[Path]
+    answer_tokens: Annotated[int, Field(ge=1, le=8192)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RuntimeConfig:
+        names = [*self.tasks, *(path.stem for path in self.task_files)]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("tasks and task_files must name at least one task, each once (a file by its stem)")
+        return self
 
 
 class Config(_Strict):
@@ -345,12 +379,30 @@ class Config(_Strict):
             raise ValueError("export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out")
         if self.quantize.group != 32 and "tflite" in self.export.containers:
             raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
+        if self.quantize.weight_ratio_max is not None:
+            self._check_mixed_bits(self.quantize.weight_ratio_max)
         if self.runtime.max_tokens >= self.export.context_tokens:
             raise ValueError("runtime.max_tokens must be below export.context_tokens")
+        if self.runtime.task_files and self.runtime.answer_tokens >= self.export.context_tokens:
+            raise ValueError("runtime.answer_tokens must be below export.context_tokens")
         if isinstance(self.data, PairsConfig) and self.stage != "clean":
             raise ValueError("data: pairs of media and text have stage=clean alone; add it, or choose text")
         self._check_candidate()
         return self
+
+    def _check_mixed_bits(self, ratio_max: float) -> None:
+        held = {"tflite": "4-bit codes", "safetensors": "one grid (safetensors_linear several)"}
+        for container, codes in held.items():
+            if container in self.export.containers:
+                raise ValueError(
+                    f"quantize.weight_ratio_max: {container} holds {codes} only; leave it out, or choose null"
+                )
+        gated = "onnx" in self.export.containers and "onnx" in self.gate.containers
+        if gated and ratio_max > self.gate.onnx_weight_ratio_max:
+            raise ValueError(
+                f"quantize.weight_ratio_max: {ratio_max} is more than the gate allows; raise gate.onnx_weight_ratio_max"
+                f" ({self.gate.onnx_weight_ratio_max}), or lower it"
+            )
 
     def _check_candidate(self) -> None:
         if self.stage == "gate":

@@ -71,7 +71,7 @@ def register_family(
     with open_client(store) as client:
         experiment_id = ensure_experiment(client, EXPERIMENT, store)
         for entry in entries:
-            runs = [_ensure_run(client, experiment_id, entry, container) for container in entry.figures["packages"]]
+            runs = [_ensure_run(client, experiment_id, entry, container) for container in _measured(entry.figures)]
             new_runs += sum(created for _, created in runs)
             if entry.package_dir is not None:
                 model = ensure_logged_model(
@@ -230,6 +230,11 @@ def _package_digest(package_dir: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.relative_to(package_dir).as_posix()}\0{digest}\n".encode())
     return total.hexdigest()
+
+
+def _measured(figures: Mapping[str, Any]) -> list[str]:
+    """Containers that were run."""
+    return [name for name, package in figures["packages"].items() if package.get("perplexity") is not None]
 
 
 def _ensure_run(client: Any, experiment_id: str, entry: _Entry, container: str) -> tuple[str, bool]:

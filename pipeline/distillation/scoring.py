@@ -95,7 +95,7 @@ class Agreement:
 def perplexity(logits: Iterable[FloatArray], sequences: NDArray[np.int32]) -> float:
     """exp of the mean loss of each token but a sequence's first; ``logits`` gives (T, V) a sequence."""
     losses = [
-        -np.take_along_axis(_log_softmax(row[:-1]), tokens[1:, None].astype(np.int64), axis=1)
+        -np.take_along_axis(log_softmax(row[:-1]), tokens[1:, None].astype(np.int64), axis=1)
         for row, tokens in zip(logits, sequences, strict=True)
     ]
     return float(np.exp(np.mean(np.concatenate(losses))))
@@ -105,7 +105,7 @@ def agreement(reference: Iterable[FloatArray], logits: Iterable[FloatArray]) -> 
     """KL(reference || logits) and top-1 agreement, (T, V) a sequence from both."""
     divergences, matches = [], []
     for expected, found in zip(reference, logits, strict=True):
-        log_p, log_q = _log_softmax(expected), _log_softmax(found)
+        log_p, log_q = log_softmax(expected), log_softmax(found)
         divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
         matches.append(expected.argmax(axis=1) == found.argmax(axis=1))
     return Agreement(float(np.mean(np.concatenate(divergences))), float(np.mean(np.concatenate(matches))))
@@ -118,16 +118,21 @@ def kl_from_draws(logits: Iterable[FloatArray], draws: NDArray[np.integer], log_
     -1 where one does not count, and the teacher's log-probabilities of them. A position's mean is over the draws
     that count; positions without any are left out.
     """
-    means = []
-    for row, ids, teacher in zip(logits, draws, log_p, strict=True):
-        signed = ids.astype(np.int64)
-        counted = signed >= 0
-        ratios = teacher - np.take_along_axis(_log_softmax(row), np.maximum(signed, 0), axis=1)
-        number = counted.sum(axis=1)
-        means.append((ratios * counted).sum(axis=1)[number > 0] / number[number > 0])
+    means = [draw_divergences(log_softmax(row), *said) for row, *said in zip(logits, draws, log_p, strict=True)]
     return float(np.mean(np.concatenate(means)))
 
 
-def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:
+def draw_divergences(log_q: NDArray[np.float64], draws: NDArray[np.integer], log_p: FloatArray) -> NDArray[np.float64]:
+    """The mean of ``log p - log q`` over the draws (T, D) of each position that has any that count."""
+    signed = draws.astype(np.int64)
+    counted = signed >= 0
+    ratios = log_p - np.take_along_axis(log_q, np.maximum(signed, 0), axis=1)
+    number = counted.sum(axis=1)
+    means: NDArray[np.float64] = (ratios * counted).sum(axis=1)[number > 0] / number[number > 0]
+    return means
+
+
+def log_softmax(logits: FloatArray) -> NDArray[np.float64]:
+    """Log-probabilities (T, V) in double precision."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -15,7 +15,7 @@ from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
 from pipeline.artifacts import PROJECT, file_digest, read_json
-from pipeline.settings import Config
+from pipeline.settings import RUN_CONTAINERS, Config
 
 EXPORT_FILE = "export.json"
 WEIGHTS_FILE, LEGACY_FILE = "weights.safetensors", "legacy.safetensors"
@@ -54,7 +54,7 @@ def adapter_slots(config: Config, container: str) -> AdapterSlots:
     export = config.export
     if container == "torch":
         return AdapterSlots(PROJECTIONS)
-    if not export.lora_targets:
+    if not export.lora_targets or container not in (*RUN_CONTAINERS, "tflite_train"):
         return AdapterSlots()
     return AdapterSlots(tuple(export.lora_targets), None if container == "onnx" else export.lora_rank)
 

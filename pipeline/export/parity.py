@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,24 +126,85 @@ def run_edge(
     Raises:
         BackendError: The process failed or printed no JSON.
     """
-    root = Path(__file__).resolve().parent.parent.parent
-    line = [
-        str(python), "-m", "edge_runtime", command, "--package", str(package), "--container", container,
-        "--threads", str(threads), "--json", *arguments,
-    ]  # fmt: skip
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, env=_environment(root), check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BackendError(f"{container} in {python}: exit {done.returncode}: {last}")
+    line = _command_line(python, command, package, container, threads, arguments)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, env=_environment(), check=False)
+    _require_success(container, python, done.returncode, done.stderr)
     try:
         return json.loads(done.stdout)
     except ValueError as error:
         raise BackendError(f"{container} in {python}: printed no JSON") from error
 
 
-def _environment(root: Path) -> Mapping[str, str]:
+def piped_logits(
+    python: Path, package: Path, container: str, tokens: NDArray[np.int32], *, threads: int
+) -> Generator[FloatArray]:
+    """Run ``bench --score`` in a fresh process and take (T, V) logits of each row of (S, T) tokens as they come.
+
+    Raises:
+        BackendError: The process failed, or ended early.
+    """
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        np.save(Path(folder) / "tokens.npy", tokens)
+        reading, writing = os.pipe()
+        source = stack.enter_context(os.fdopen(reading, "rb"))
+        sink, complaints = stack.enter_context(os.fdopen(writing, "wb")), stack.enter_context(TemporaryFile("w+"))
+        line = _command_line(
+            python, "bench", package, container, threads,
+            ["--repeat", "0", "--score", f"{folder}/tokens.npy", "--logits-out", f"/dev/fd/{writing}"],
+        )  # fmt: skip
+        process = subprocess.Popen(
+            line, stdout=subprocess.DEVNULL, stderr=complaints, env=_environment(), pass_fds=(writing,)
+        )
+        stack.callback(_end, process)
+        sink.close()  # the process holds the other end now: when it ends, so does the stream
+        whole = False
+        try:
+            shape, _, dtype = np.lib.format.read_array_header_1_0(source) if _is_npy(source) else ((), False, None)
+            if shape[:2] == tokens.shape and len(shape) == 3 and dtype == np.float32:
+                size = 4 * shape[1] * shape[2]
+                for _ in range(shape[0]):
+                    if len(row := source.read(size)) < size:
+                        break
+                    yield np.frombuffer(row, np.float32).reshape(shape[1:])
+                else:
+                    whole = True
+        except ValueError:
+            whole = False
+        code = process.wait(_RUN_TIMEOUT_S)
+        complaints.seek(0)
+        _require_success(container, python, code, complaints.read())
+        if not whole:
+            raise BackendError(f"{container} in {python}: its logits end early")
+
+
+def _is_npy(source: BinaryIO) -> bool:
+    return source.read(8) == np.lib.format.magic(1, 0)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A process that nobody listens to any more."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def _command_line(
+    python: Path, command: str, package: Path, container: str, threads: int, arguments: Sequence[str]
+) -> list[str]:
+    return [
+        str(python), "-m", "edge_runtime", command, "--package", str(package), "--container", container,
+        "--threads", str(threads), "--json", *arguments,
+    ]  # fmt: skip
+
+
+def _require_success(container: str, python: Path, code: int, complaints: str) -> None:
+    if code:
+        last = (complaints.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"{container} in {python}: exit {code}: {last}")
+
+
+def _environment() -> Mapping[str, str]:
+    root = Path(__file__).resolve().parent.parent.parent
     return {**os.environ, "PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1"}
 
 

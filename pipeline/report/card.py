@@ -16,12 +16,14 @@ from pipeline.report.table import (
     ABSENT,
     Family,
     PackageRow,
+    RecoveryRow,
     format_count,
     format_divergence,
     format_megabytes,
     format_percent,
     format_significant,
     package_rows,
+    recovery_rows,
 )
 
 
@@ -45,6 +47,7 @@ def write_card(submodel_name: str, family: Family, manifest_fields: Mapping[str,
         [f"# {_plain(str(manifest_fields.get('name', submodel_name)))}", "", _summary(submodel_name, submodel)],
         _identity(manifest_fields),
         _quality(submodel, rows),
+        _recovery(submodel, [row for row in recovery_rows(family) if row.submodel == submodel_name]),
         _training(family),
         _samples(family.get("prompt"), submodel.get("samples") or {}),
         _use(),
@@ -94,6 +97,28 @@ def _quality(submodel: Mapping[str, Any], rows: Sequence[PackageRow]) -> list[st
         reasons = "; ".join(_plain(reason) for reason in gate["reasons"])
         lines += ["", f"Gate: {'passed' if gate['passed'] else 'failed'}{f' ({reasons})' if reasons else ''}."]
     return lines
+
+
+def _recovery(submodel: Mapping[str, Any], rows: Sequence[RecoveryRow]) -> list[str]:
+    if not rows:
+        return []
+    recovery = submodel["recovery"]
+    header = ("task", "container", "items", "chance %", "fp %", "4 bits %", "kept %", "interval", "verdict")
+    interval = [f"{format_percent(row.low)} to {format_percent(row.high)}" for row in rows]
+    lines = _table(
+        header,
+        (
+            (row.task, row.container, str(row.items), format_percent(row.chance), format_percent(row.accuracy_fp),
+             format_percent(row.accuracy), format_percent(row.recovery), within, row.verdict)
+            for row, within in zip(rows, interval, strict=True)
+        ),
+    )  # fmt: skip
+    confidence, needed = (format_percent(recovery[key]) for key in ("confidence", "needed"))
+    note = (
+        f"Kept is the accuracy beyond chance, against fp on the same items, with its {confidence} % interval over"
+        f" documents. A task that counts passes when the interval begins at {needed} % or above."
+    )
+    return ["## What 4 bits keep", "", *lines, "", note]
 
 
 def _figures(row: PackageRow) -> tuple[str, ...]:

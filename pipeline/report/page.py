@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import pareto
+from pipeline.report import pareto, sensitivity
 from pipeline.report.table import (
     Family,
     PackageRow,
@@ -20,6 +20,7 @@ from pipeline.report.table import (
     format_percent,
     format_significant,
     package_rows,
+    recovery_rows,
 )
 
 
@@ -47,7 +48,9 @@ def write_page(family: Family, path: Path) -> None:
         picture=_picture(family, rows),
         pipeline_run=family.get("pipeline_run", ""),
         prompt=family.get("prompt"),
+        recovery=recovery_rows(family),
         rows=rows,
+        sensitivity=_sensitivity(family),
         submodels=[_submodel(name, submodel) for name, submodel in family["submodels"].items()],
         summary=_summary(family, rows),
         teacher=family.get("teacher") or {},
@@ -76,9 +79,18 @@ def _picture(family: Family, rows: list[PackageRow]) -> Markup | None:
     return Markup(pareto.draw([*points, *students], teacher))
 
 
+def _sensitivity(family: Family) -> list[tuple[str, Markup]]:
+    """The picture of each submodel whose weights were measured one by one."""
+    measured = ((name, submodel.get("sensitivity")) for name, submodel in family["submodels"].items())
+    return [(name, Markup(sensitivity.draw(figures))) for name, figures in measured if figures]
+
+
 def _containers(rows: list[PackageRow]) -> list[tuple[str, Markup]]:
     """Each container once, with its shape for the legend."""
-    return [(name, Markup(pareto.marker(name))) for name in dict.fromkeys(row.container for row in rows)]
+    return [
+        (name, Markup(pareto.marker(name)))
+        for name in dict.fromkeys(row.container for row in rows if row.perplexity is not None)
+    ]
 
 
 def _submodel(name: str, submodel: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +103,18 @@ def _submodel(name: str, submodel: Mapping[str, Any]) -> dict[str, Any]:
         **{key: submodel.get(key) for key in keys},
         "gate": gate,
         "samples": _samples(submodel.get("samples") or {}),
+        "recovery": submodel.get("recovery"),
+        "flips": _flips(submodel.get("recovery") or {}),
     }
+
+
+def _flips(recovery: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(containers, changed answer), with containers that changed the same one together."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for container, examples in (recovery.get("flips") or {}).items():
+        for example in examples:
+            found.setdefault(repr(sorted(example.items())), ([], example))[0].append(container)
+    return [(", ".join(containers), example) for containers, example in found.values()]
 
 
 def _samples(samples: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -102,6 +125,7 @@ def _samples(samples: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _summary(family: Family, rows: list[PackageRow]) -> list[tuple[str, str]]:
     """The figures that a reader takes away: (figure, what it says)."""
+    rows = [row for row in rows if row.perplexity is not None]
     tiles = [(str(len(family["submodels"])), "submodels"), (str(len(rows)), "packages measured")]
     sized = [row for row in rows if row.file_bytes is not None]
     if sized:

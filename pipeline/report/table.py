@@ -64,6 +64,54 @@ def family_table(family: Family) -> Table:
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class RecoveryRow:
+    """What one container kept of one submodel's answers in one task; shares are 0..1.
+
+    Attributes:
+        accuracy_fp: Of the student before 4 bits.
+        accuracy_teacher: None where it was not asked.
+        recovery: Of the accuracy beyond chance, with its interval; None where fp knows no more than chance.
+        to_teacher: The same against the teacher, without the interval.
+        lost: Items that only fp has right.
+        gained: Items that only the container has right.
+        verdict: passed, failed or not decidable.
+    """
+
+    submodel: str
+    task: str
+    container: str
+    items: int
+    documents: int
+    chance: float
+    accuracy_teacher: float | None
+    accuracy_fp: float
+    accuracy: float
+    recovery: float | None
+    low: float | None
+    high: float | None
+    to_teacher: float | None
+    lost: int
+    gained: int
+    mcnemar_p: float
+    verdict: str
+
+
+def recovery_rows(family: Family) -> list[RecoveryRow]:
+    """Return one row a (submodel, task, container), in the family's order; none where nothing was asked."""
+    shared = ("items", "documents", "chance", "accuracy_fp", "accuracy_teacher")
+    own = ("accuracy", "recovery", "low", "high", "lost", "gained", "mcnemar_p", "verdict")
+    return [
+        RecoveryRow(
+            submodel=name, task=task, container=container, **{key: asked[key] for key in shared},
+            **{key: found[key] for key in own}, to_teacher=(found.get("to_teacher") or {}).get("recovery"),
+        )
+        for name, submodel in family["submodels"].items()
+        for task, asked in ((submodel.get("recovery") or {}).get("tasks") or {}).items()
+        for container, found in asked["containers"].items()
+    ]  # fmt: skip
+
+
 def format_count(value: float | None) -> str:
     """1234567 becomes ``1.23 M``."""
     if value is None:

@@ -1,22 +1,27 @@
-"""evaluate: the exported files, in fresh processes of edge_runtime, against the fp student and the teacher.
+"""evaluate: the exported files through edge_runtime, against the student in fp and against the teacher.
 
-Each container is scored on the held-out sequences and timed; the gate's verdict is part of the result.
+Each container is timed in a fresh process and scored on the held-out sequences; the gated ones answer every task. The
+gate's verdict is part of the result.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from edge_runtime.formats.decoder import DecoderSpec
 from pipeline.artifacts import StageRun, read_json, write_json
-from pipeline.distillation.scoring import HeldOut, agreement
-from pipeline.export.assembly import WEIGHTS_FILE, legacy_python, trial_package
+from pipeline.distillation.scoring import HeldOut
+from pipeline.evaluation.exam import Exam, flips, recovery_reasons, recovery_table, sit
+from pipeline.evaluation.figures import quality
+from pipeline.evaluation.preparation import make_exam, teacher_answers
+from pipeline.evaluation.questions import Answers
+from pipeline.evaluation.readers import PipedReader, Reader, TorchReader, open_reader
+from pipeline.evaluation.recovery import Bounds
+from pipeline.export.assembly import EXPORT_FILE, WEIGHTS_FILE, legacy_python, trial_package
 from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import run_bench, run_edge
 from pipeline.progress import progress
@@ -26,26 +31,31 @@ _BENCH_PROMPT_TOKENS = 32
 
 
 def run(run: StageRun) -> None:
-    """Write evaluation.json (also as this stage's metrics): figures by container, samples, verdict."""
+    """Write evaluation.json (also as this stage's metrics): figures by container, recovery, samples, verdict."""
     config = run.config
-    quantized = read_json(run.layout.metrics("quantize", run.submodel))
-    exported = read_json(run.layout.metrics("export", run.submodel))
-    distilled = read_json(run.layout.metrics("distill", run.submodel))
-    exports, weights = run.layout.exports(run.submodel), run.layout.weights(run.submodel) / WEIGHTS_FILE
-    packages: dict[str, Any] = {}
-    samples: dict[str, str] = {}
-    with (
-        trial_package(config, exports=exports, weights=weights) as package,
-        progress(f"evaluate {run.submodel}", len(config.export.containers)) as report,
-    ):
-        for done, container in enumerate(config.export.containers, 1):
-            figures, samples[container] = _measure(run, package, container)
-            packages[container] = {**exported[container], **figures}
+    quantized, exported, distilled = (
+        read_json(run.layout.metrics(stage, run.submodel)) for stage in ("quantize", "export", "distill")
+    )
+    packages, samples = dict[str, Any](), dict[str, str]()
+    exam, student = make_exam(run), load_student(run.layout.student(run.submodel))
+    fp, found = sit(exam, TorchReader(student)), dict[str, dict[str, Answers]]()
+    with _trial(run) as package, progress(f"evaluate {run.submodel}", len(config.export.run_containers)) as report:
+        for done, container in enumerate(config.export.run_containers, 1):
+            with _reader(run, package, container) as reader:
+                figures = _quality(run, student, reader)
+                if container in config.gate.containers:
+                    found[container] = sit(exam, reader)
+            packages[container] = {**exported[container], **figures, **_speed(run, package, container)}
+            samples[container] = _sample(run, package, container)
             report(done, container)
+    # Files for other runtimes stand beside them, null for what only a run could tell.
+    unknown = dict.fromkeys(next(iter(packages.values())))
+    packages = {name: packages.get(name) or {**unknown, **exported[name]} for name in config.export.containers}
     scratch = distilled.get("from_scratch", {})
     result = {
         "params": quantized["params"],
         "fp16_weight_bytes": quantized["fp16_weight_bytes"],
+        **{name: quantized[name] for name in ("sensitivity",) if name in quantized},
         "perplexity_fp": distilled["perplexity"],
         "perplexity_from_scratch": scratch.get("perplexity"),
         "bits_per_byte_fp": distilled["bits_per_byte"],
@@ -53,6 +63,7 @@ def run(run: StageRun) -> None:
         "kl_to_teacher_from_scratch": scratch.get("kl_to_teacher"),
         "kept_share": distilled["kept_share"],
         "packages": packages,
+        "recovery": _recovery(run, exam, fp, found),
         "samples": samples,
     }
     reasons = gate_reasons(result, config.gate)
@@ -65,9 +76,9 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
     """Why a submodel must not be registered; empty when it may be."""
     reasons = []
     limits = {"onnx": gate.onnx_weight_ratio_max, "tflite": gate.tflite_weight_ratio_max}
-    for container in gate.containers:
-        if (figures := result["packages"].get(container)) is None:
-            continue
+    gated = [name for name in gate.containers if name in result["packages"]]
+    for container in gated:
+        figures = result["packages"][container]
         ratio = figures["perplexity"] / result["perplexity_fp"]
         if ratio > gate.perplexity_ratio_max:
             reasons.append(f"{container}: perplexity {ratio:.3f} of fp, allowed {gate.perplexity_ratio_max}")
@@ -76,8 +87,9 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
         share = figures["weight_bytes"] / result["fp16_weight_bytes"]
         if share > limits.get(container, 1.0):
             reasons.append(f"{container}: weights {share:.4f} of fp16, allowed {limits[container]}")
-    if not set(gate.containers) & set(result["packages"]):
+    if not gated:
         reasons.append(f"none of the gated containers was made: {', '.join(gate.containers)}")
+    reasons += recovery_reasons(result["recovery"]["tasks"], gated, gate.recovery_min)
     if gate.beats_from_scratch:
         # A tokenizer of its own leaves no KL to the teacher; text is the same for both.
         name, key = ("KL to the teacher", "kl_to_teacher")
@@ -89,54 +101,71 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
     return reasons
 
 
-def _measure(run: StageRun, package: Path, container: str) -> tuple[dict[str, float | None], str]:
-    """Score, time and sample one container."""
-    config, folder_of_text = run.config, run.layout.sequences(run.submodel)
-    python = legacy_python(config) if container == "tflite_legacy" else Path(sys.executable)
-    threads = config.runtime.threads
-    held_out = HeldOut.open(folder_of_text, config.export.context_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "tokens.npy", held_out.tokens)
-        logits = Path(folder) / "logits.npy"
-        prompt = min(_BENCH_PROMPT_TOKENS, config.export.context_tokens // 4)
-        tokens = min(config.runtime.bench_tokens, config.export.context_tokens - prompt)
-        measured = run_bench(
-            python, package, container, threads=threads,
-            arguments=["--prompt-tokens", str(prompt), "--tokens", str(tokens), "--repeat", "3",
-                       "--score", f"{folder}/tokens.npy", "--logits-out", str(logits)],
-        )  # fmt: skip
-        found = np.load(logits, mmap_mode="r", allow_pickle=False)
-        quality = _quality(run, held_out, found)
-    sample = run_edge(
-        python, "generate", package, container, threads=threads,
-        arguments=["--prompt", config.runtime.prompt, "--max-tokens", str(config.runtime.max_tokens), "--temperature",
-                   "0"],
+@contextmanager
+def _trial(run: StageRun) -> Iterator[Path]:
+    weights = run.layout.weights(run.submodel) / WEIGHTS_FILE
+    with trial_package(run.config, exports=run.layout.exports(run.submodel), weights=weights) as package:
+        yield package
+
+
+@contextmanager
+def _reader(run: StageRun, package: Path, container: str) -> Iterator[Reader]:
+    """The file in this process; the old runtime cannot live in it."""
+    threads = run.config.runtime.threads
+    if container == "tflite_legacy":
+        yield PipedReader(legacy_python(run.config), package, container, threads=threads)
+        return
+    spec = DecoderSpec.from_dict(read_json(run.layout.exports(run.submodel) / EXPORT_FILE)["decoder"])
+    with open_reader(container, package / container, spec, threads=threads) as reader:
+        yield reader
+
+
+def _quality(run: StageRun, student: Any, reader: Reader) -> dict[str, float | None]:
+    from pipeline.distillation.recording import model_logits
+
+    held_out = HeldOut.open(run.layout.sequences(run.submodel), run.config.export.context_tokens)
+    found = (logits for _, logits in reader.rows(list(held_out.tokens)))
+    return quality(held_out, model_logits(student, held_out.tokens), found)
+
+
+def _speed(run: StageRun, package: Path, container: str) -> dict[str, float]:
+    config = run.config
+    prompt = min(_BENCH_PROMPT_TOKENS, config.export.context_tokens // 4)
+    tokens = min(config.runtime.bench_tokens, config.export.context_tokens - prompt)
+    measured = run_bench(
+        _python(run, container), package, container, threads=config.runtime.threads,
+        arguments=["--prompt-tokens", str(prompt), "--tokens", str(tokens), "--repeat", "3"],
     )  # fmt: skip
-    speed = {
+    return {
         "tokens_per_s": round(measured["decode_tokens_per_s_median"], 1),
         "prefill_tokens_per_s": round(measured["prefill_tokens_per_s_median"], 1),
         "load_s": round(measured["load_s"], 4),
         "peak_rss_bytes": measured["peak_rss_bytes"],
     }
-    quality["perplexity"] = round(measured["perplexity"], 4)
-    quality["bits_per_byte"] = round(held_out.bits_per_byte(measured["perplexity"]), 4)
-    return {**quality, **speed}, sample["text"]
 
 
-def _quality(run: StageRun, held_out: HeldOut, found: NDArray[np.float32]) -> dict[str, float | None]:
-    from pipeline.distillation.recording import model_logits
+def _sample(run: StageRun, package: Path, container: str) -> str:
+    runtime = run.config.runtime
+    arguments = ["--prompt", runtime.prompt, "--max-tokens", str(runtime.max_tokens), "--temperature", "0"]
+    said = run_edge(
+        _python(run, container), "generate", package, container, threads=runtime.threads, arguments=arguments
+    )
+    return str(said["text"])
 
-    student = load_student(run.layout.student(run.submodel))
-    to_fp = agreement(model_logits(student, held_out.tokens), _rows(found))
-    kl, top1 = held_out.kl(_rows(found)), held_out.top1_share(found.argmax(axis=-1))
+
+def _python(run: StageRun, container: str) -> Path:
+    return legacy_python(run.config) if container == "tflite_legacy" else Path(sys.executable)
+
+
+def _recovery(
+    run: StageRun, exam: Exam, fp: Mapping[str, Answers], found: Mapping[str, Mapping[str, Answers]]
+) -> dict[str, Any]:
+    gate = run.config.gate
+    bounds = Bounds(gate.items_min, gate.above_chance_min, gate.confidence, gate.resamples, run.config.seed)
     return {
-        "kl_to_fp": round(to_fp.kl, 6),
-        "top1_to_fp": round(to_fp.top1, 6),
-        "kl_to_teacher": None if kl is None else round(kl, 6),
-        "top1_to_teacher": None if top1 is None else round(top1, 6),
+        "confidence": gate.confidence,
+        "needed": gate.recovery_min,
+        "tokens": exam.questions.tokens,
+        "tasks": recovery_table(exam, fp, teacher_answers(run, exam), found, bounds, gate.recovery_min),
+        "flips": {container: flips(exam, fp, answers) for container, answers in found.items()},
     }
-
-
-def _rows(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    for row in logits:
-        yield np.asarray(row)

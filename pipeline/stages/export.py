@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_runtime.formats.decoder import DecoderSpec
 from edge_runtime.formats.int4 import Weights, load_weights
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE, GOLDEN_FILE
-from pipeline.artifacts import StageRun, write_json
+from pipeline.artifacts import StageRun, read_json, write_json
 from pipeline.export.assembly import (
     EXPORT_FILE,
     LEGACY_FILE,
@@ -34,6 +34,7 @@ from pipeline.export.parity import (
     run_bench,
 )
 from pipeline.progress import progress
+from pipeline.settings import RUN_CONTAINERS
 
 _EXACT_CHECK_BYTES = 500_000_000
 _TRAINING_FILES = ("onnx/train_*", "onnx/loss_*", "tflite_train/*", "torch/*")
@@ -45,19 +46,24 @@ def run(run: StageRun) -> None:
     config, weights_dir = run.config, run.layout.weights(run.submodel)
     require_legacy_python(config)
     _write_common(run)
-    sources = {"onnx": WEIGHTS_FILE, "tflite": WEIGHTS_FILE, "tflite_legacy": LEGACY_FILE}
+    sources = {name: LEGACY_FILE if name == "tflite_legacy" else WEIGHTS_FILE for name in config.export.containers}
     metrics: dict[str, Any] = {}
     with progress(f"export {run.submodel}", len(config.export.containers)) as report:
         for done, container in enumerate(config.export.containers, 1):
-            metrics[container] = _write_container(run, container, weights_dir / sources[container])
+            write = _write_container if container in RUN_CONTAINERS else _write_files
+            metrics[container] = write(run, container, weights_dir / sources[container])
             report(done, container)
     tokens = _parity_tokens(run)
     metrics["training"] = _write_training(run, weights_dir / WEIGHTS_FILE, tokens)
     for container in config.export.containers:
+        if container == "gguf" or (
+            container not in RUN_CONTAINERS and metrics[container]["weight_bytes"] >= _EXACT_CHECK_BYTES
+        ):
+            continue  # its own reader has compared every code; no runtime for it here
         expected = _dequantized_logits(run, weights_dir / sources[container], tokens)
         found = _shipped_logits(run, container, tokens)
         metrics[container] |= require_parity(container, _rows(expected), _rows(found)).to_dict()
-        if container == config.export.containers[0]:
+        if container == config.export.run_containers[0]:
             _write_golden(run, tokens, expected)
         if container == "onnx" and metrics["onnx"]["weight_bytes"] < _EXACT_CHECK_BYTES:
             exact = _exact_onnx_logits(run, weights_dir / WEIGHTS_FILE, tokens)
@@ -114,6 +120,38 @@ def _write_container(run: StageRun, container: str, source: Path) -> dict[str, i
             folder, spec, places, lora, buckets=export.train_buckets, batch_sequences=export.train_batch
         )
     return {"file_bytes": files, "weight_bytes": stored}
+
+
+def _write_files(run: StageRun, container: str, source: Path) -> dict[str, int]:
+    """What other runtimes load: written, read back with the format's own reader, its bytes counted."""
+    from transformers import AutoConfig
+
+    spec, weights = load_weights(source)
+    folder, student = run.output / container, run.layout.student(run.submodel)
+    exported = read_json(run.output / EXPORT_FILE)
+    bos, eos = exported["bos"], exported["eos"]
+    folder.mkdir()
+    if container == "gguf":
+        from pipeline.export import gguf
+        from pipeline.export.gguf_reader import require_same_gguf
+        from pipeline.export.gguf_vocabulary import read_vocabulary
+
+        gguf.write_gguf(
+            folder / gguf.MODEL_FILE, spec, weights,
+            config=AutoConfig.from_pretrained(student, local_files_only=True),
+            vocabulary=read_vocabulary(run.output, spec.vocab_size, bos=bos, eos=eos),
+            name=f"{run.submodel} {run.config.export.version}", licence=run.config.export.licence,
+        )  # fmt: skip
+        stored = require_same_gguf(folder / gguf.MODEL_FILE, spec, weights)
+    else:
+        from pipeline.export.compressed_tensors import copy_texts, write_compressed_tensors
+        from pipeline.export.compressed_tensors_reader import require_same_compressed_tensors
+
+        linear_only = container == "safetensors_linear"
+        write_compressed_tensors(folder, spec, weights, config=student / "config.json", linear_only=linear_only)
+        copy_texts(folder, student=student, tokenizer=run.layout.tokenizer(run.submodel), bos=bos, eos=eos)
+        stored = require_same_compressed_tensors(folder, weights, linear_only=linear_only)
+    return {"file_bytes": sum(path.stat().st_size for path in folder.iterdir()), "weight_bytes": stored}
 
 
 def _write_training(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> dict[str, float]:
@@ -181,6 +219,10 @@ def _dequantized_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) 
 
 def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Logits of the file in its runtime: ours in this process, the legacy one in its own environment."""
+    if container not in RUN_CONTAINERS:
+        from pipeline.export.compressed_tensors_reader import load_logits
+
+        return load_logits(run.output / container, tokens)
     if container != "tflite_legacy":
         return _backend_logits(run, container, run.output / container, tokens)
     weights = run.layout.weights(run.submodel) / WEIGHTS_FILE

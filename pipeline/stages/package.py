@@ -41,6 +41,7 @@ def signed_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
         f"{container}.{figure}": round(float(figures[figure]), 4)
         for container, figures in evaluation["packages"].items()
         for figure in _SIGNED_FIGURES
+        if figures[figure] is not None
     }
 
 

@@ -10,6 +10,7 @@ from edge_runtime.formats.int4 import QuantizedTensor, load_weights
 from pipeline.artifacts import StageRun, write_json
 from pipeline.export.assembly import LEGACY_FILE, WEIGHTS_FILE
 from pipeline.progress import progress
+from pipeline.quantization.allocation import grids_of
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.source import Checkpoint, open_checkpoint
 from pipeline.quantization.streaming import TensorFigures, quantize_checkpoint
@@ -22,11 +23,11 @@ def run(run: StageRun) -> None:
     config, settings = run.config, run.config.quantize
     student = run.layout.student(run.submodel)
     source = open_checkpoint(student, config.export.context_tokens, settings.group, f"student {run.submodel}")
-    grid = Grid(settings.bits, settings.group, positive_scales="tflite" in config.export.containers)
-    figures = _write(run, source, source.grids(grid), WEIGHTS_FILE)
+    grids, sensitivity = grids_of(run, source)
+    figures = _write(run, source, grids, WEIGHTS_FILE)
     if "tflite_legacy" in config.export.containers:
         _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
-    write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures))
+    write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity)
 
 
 def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str) -> dict[str, TensorFigures]:

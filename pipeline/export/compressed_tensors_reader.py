@@ -1,0 +1,123 @@
+"""A compressed-tensors folder read back with safetensors and the package's own unpacking, against the stored codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.errors import ExportError
+from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
+from pipeline.export.compressed_tensors import (
+    INDEX_FILE,
+    UNPACKED_IN_LINEAR,
+    WEIGHTS_FILE,
+    row_blocks,
+    to_fp16,
+)
+
+
+def require_same_compressed_tensors(folder: Path, weights: Weights, *, linear_only: bool) -> int:
+    """Compare every code and every scale of the folder with what was to be stored, bit for bit.
+
+    Returns:
+        Bytes of codes, scales, norms and biases in the files.
+
+    Raises:
+        ExportError: The files cannot be read, a tensor is missing, or a number differs.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with _opened(folder) as files:
+            expected = {part for name in weights for part in _parts(name, weights[name], linear_only)}
+            if missing := sorted(expected ^ set(files)):
+                raise ExportError(f"{folder.name}: tensors differ: {', '.join(missing[:5])}")
+            for name in weights:
+                _require_same(folder.name, files, name, weights[name], linear_only)
+            return sum(_length_bytes(files[part].get_slice(part)) for part in files)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ExportError(f"{folder}: cannot be read back ({error})") from error
+
+
+def load_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """(S, T, V): what transformers computes in float32 from the folder, row by row of ``tokens`` (S, T)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.distillation.recording import model_logits
+
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        return np.stack(list(model_logits(model, tokens)))
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, Any]]:
+    """The open file of each tensor."""
+    from safetensors import safe_open
+
+    index = folder / INDEX_FILE
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else None
+    with ExitStack() as stack:
+        names = sorted(set(places.values())) if places else [WEIGHTS_FILE]
+        files = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name in names}
+        yield {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118
+
+
+def _parts(name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool) -> list[str]:
+    if not isinstance(value, QuantizedTensor) or (linear_only and name in UNPACKED_IN_LINEAR):
+        return [name]
+    return [f"{name}_{part}" for part in ("packed", "scale", "shape")]
+
+
+def _require_same(
+    source: str, files: dict[str, Any], name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool
+) -> None:
+    parts = _parts(name, value, linear_only)
+    shapes = [files[part].get_tensor(part).tolist() for part in parts[2:]]
+    same = shapes in ([], [list(value.shape)])
+    for start, stop in row_blocks(value.shape[0]):
+        found = [files[part].get_slice(part)[start:stop] for part in parts[:2]]
+        same = same and _same_rows(name, found, value, start, stop)
+    if not same:
+        raise ExportError(f"{source}: {name} differs from the stored codes")
+
+
+def _same_rows(
+    name: str, found: list[Any], value: QuantizedTensor | NDArray[np.float32], start: int, stop: int
+) -> bool:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    if not isinstance(value, QuantizedTensor):
+        return np.array_equal(found[0].numpy().view(np.uint32), np.asarray(value[start:stop]).view(np.uint32))
+    rows = value.rows(start, stop)
+    if len(found) == 1:
+        return np.array_equal(found[0].numpy().view(np.uint16), to_fp16(name, dequantize(rows)).view(np.uint16))
+    codes = unpack_from_int32(found[0], value.bits, rows.shape).numpy()
+    scales = found[1].numpy().astype(np.float16)
+    return (
+        np.array_equal(codes, rows.codes[:, : rows.columns])
+        and np.array_equal(scales.view(np.uint16), rows.scales.view(np.uint16))
+        and np.array_equal(scales.astype(found[1].numpy().dtype), found[1].numpy())
+    )
+
+
+def _length_bytes(tensor: Any) -> int:
+    bits = {"I32": 32, "I64": 64, "F16": 16, "F32": 32}[tensor.get_dtype()]
+    return int(np.prod(tensor.get_shape())) * bits // 8
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars: the stage has its own."""
+    import io
+    from contextlib import redirect_stderr
+
+    with redirect_stderr(io.StringIO()):
+        yield
