@@ -43,7 +43,7 @@ int main(int argc, char ** argv) {
     if (argc < 5) fail("runner tokenize|logits|greedy MODEL INPUT OUT [THREADS] [N]");
     const std::string mode = argv[1];
     llama_log_set([](ggml_log_level level, const char * text, void *) {
-        if (level >= GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
+        if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
     }, nullptr);
     llama_backend_init();
     llama_model_params model_params = llama_model_default_params();
