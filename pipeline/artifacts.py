@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -275,3 +276,25 @@ def require_disk(path: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         need, have = (f"{value / 1e9:.2f} GB" for value in (needed_bytes, free))
         raise UserError("free disk", have, f"at least {need} at {existing}", "free some space or run elsewhere")
+
+
+@contextmanager
+def room_on_disk(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Say in one line that a disk has become full, whichever write finds it out.
+
+    Args:
+        path: What is written.
+        needed_bytes: All of it, where that is known.
+
+    Raises:
+        UserError: No room is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        allowed = "room for what is written there" if needed_bytes is None else f"at least {needed_bytes / 1e9:.2f} GB"
+        raise UserError(
+            "free disk", f"none left at {path}", allowed, "free some space and run it again: it goes on from here"
+        ) from None

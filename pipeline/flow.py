@@ -26,6 +26,7 @@ from pipeline.artifacts import (
     fingerprint,
     partial_directory,
     recorded_fingerprint,
+    room_on_disk,
     sole_writer,
     unwatched,
     write_record,
@@ -114,8 +115,8 @@ STAGES = {
         Stage(
             "quantize",
             ("quantize", "export"),
-            ("pipeline/quantization", "pipeline/export", _FORMATS),
-            ("distill",),
+            ("pipeline/quantization", "pipeline/export", *_MODELS),
+            ("targets", "distill"),
             "artifacts/weights/{}",
         ),
         Stage(
@@ -134,11 +135,10 @@ STAGES = {
             "evaluate",
             ("export", "runtime", "gate", "submodel", "distill.sequence_tokens", "distill.precision", "seed"),
             (
-                _STUDENT_LOGITS,
                 *_PACKING,
+                "pipeline/distillation",
                 "pipeline/export",
                 "pipeline/evaluation",
-                *(f"pipeline/distillation/{name}.py" for name in ("scoring", "needles", "teachers")),
                 "edge_runtime",
             ),
             ("clean", "teacher", "targets", "distill", "quantize", "export"),
@@ -154,7 +154,7 @@ STAGES = {
         Stage(
             "report",
             ("family", "runtime", "data.source"),
-            ("pipeline/report", "pipeline/stages/package.py"),
+            ("pipeline/report", "pipeline/stages/package.py", f"{_FORMATS}/decoder.py"),
             ("evaluate", "package"),
             "artifacts/report",
         ),
@@ -242,7 +242,7 @@ def execute(stage: Stage, config: Config, layout: Layout, *, force: bool = False
         start_s = time.monotonic()
         checkpoint = layout.checkpoint(stage.name, digest)
         place = stage.output(layout, config.submodel.name)
-        with atomic_directory(place) as output, _watched(stage, config, digest) as watch:
+        with atomic_directory(place) as output, _watched(stage, config, digest) as watch, room_on_disk(place):
             _run_stage(stage, StageRun(config, layout, output, checkpoint, watch))
         write_record(layout, stage.output(layout, config.submodel.name), digest, round(time.monotonic() - start_s, 2))
     return True

@@ -20,7 +20,7 @@ from pipeline.config import family_chain
 from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
 from pipeline.distillation.chain import describe_chain
 from pipeline.flow import SHIP, Stage, why_run
-from pipeline.needs import RATIOS, Needs, estimate
+from pipeline.needs import RATIOS, Needs, estimate, least_weights_bytes
 from pipeline.settings import CheckpointTeacher, Config, DataConfig
 from pipeline.sizes import FamilySizes, family_sizes
 
@@ -83,9 +83,19 @@ def require_chain(configs: Mapping[str, Config]) -> FamilySizes:
     """Sizes of every model of a run.
 
     Raises:
-        UserError: A student is larger than what it is cut from, or sizes cannot be known.
+        UserError: A student is larger than what it is cut from, sizes cannot be known, or codes cannot be as small as
+            ``quantize.weight_ratio_max`` wants them.
     """
-    return family_sizes(configs, family_chain(dict(configs)))
+    family = family_sizes(configs, family_chain(dict(configs)))
+    for name, config in configs.items():
+        allowed, sizes = config.quantize.weight_ratio_max, family.submodels[name]
+        least = least_weights_bytes(sizes, config) / (2 * sizes.params)
+        if allowed is not None and least > allowed:
+            raise UserError(
+                "quantize.weight_ratio_max", allowed, f"at least {least:.4f}, what 4 bits take of {name}",
+                "raise it, or choose null",
+            )  # fmt: skip
+    return family
 
 
 def require_sources(config: Config) -> None:

@@ -229,6 +229,17 @@ class QuantizeConfig(_Strict):
     bits: Literal[4, 8]
     group: Literal[32, 64, 128]
     rounding: Literal["rtn", "mse"]
+    workers: Annotated[int, Field(ge=1, le=256)]
+    sensitivity_tokens: Annotated[int, Field(ge=0, le=65_536)]
+    weight_ratio_max: Annotated[float, Field(gt=0.25, lt=0.6)] | None
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizeConfig:
+        if self.bits == 8 and self.sensitivity_tokens:
+            raise ValueError("sensitivity_tokens measure what 4 bits cost; with bits=8 choose sensitivity_tokens=0")
+        if self.weight_ratio_max is not None and not self.sensitivity_tokens:
+            raise ValueError("weight_ratio_max needs weights ranked, on text; choose sensitivity_tokens=1024")
+        return self
 
 
 class ExportConfig(_Strict):
@@ -374,6 +385,8 @@ class Config(_Strict):
             raise ValueError("export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out")
         if self.quantize.group != 32 and "tflite" in self.export.containers:
             raise ValueError("quantize.group: tflite runs group 32; choose 32 or leave tflite out")
+        if self.quantize.weight_ratio_max is not None:
+            self._check_mixed_bits(self.quantize.weight_ratio_max)
         if self.runtime.max_tokens >= self.export.context_tokens:
             raise ValueError("runtime.max_tokens must be below export.context_tokens")
         if self.runtime.task_files and self.runtime.answer_tokens >= self.export.context_tokens:
@@ -382,6 +395,20 @@ class Config(_Strict):
             raise ValueError("data: pairs of media and text have stage=clean alone; add it, or choose text")
         self._check_candidate()
         return self
+
+    def _check_mixed_bits(self, ratio_max: float) -> None:
+        held = {"tflite": "4-bit codes", "safetensors": "one grid (safetensors_linear several)"}
+        for container, codes in held.items():
+            if container in self.export.containers:
+                raise ValueError(
+                    f"quantize.weight_ratio_max: {container} holds {codes} only; leave it out, or choose null"
+                )
+        gated = "onnx" in self.export.containers and "onnx" in self.gate.containers
+        if gated and ratio_max > self.gate.onnx_weight_ratio_max:
+            raise ValueError(
+                f"quantize.weight_ratio_max: {ratio_max} is more than the gate allows; raise gate.onnx_weight_ratio_max"
+                f" ({self.gate.onnx_weight_ratio_max}), or lower it"
+            )
 
     def _check_candidate(self) -> None:
         if self.stage == "gate":

@@ -63,7 +63,7 @@ def write_gguf(
     from gguf import GGMLQuantizationType, GGUFWriter
 
     architecture = architecture_of(config, spec)
-    tensors = [place_of(weight, weights[weight], spec, architecture) for weight in weights]
+    tensors = [place_of(weight, weights[weight], spec, architecture) for weight in _ordered(weights)]
     writer = GGUFWriter(path, architecture)
     add_metadata(writer, spec, config, vocabulary, name, licence, eight_bit=any(t.kind == "Q8_0" for t in tensors))
     factors = rope_factors(config, spec)
@@ -159,6 +159,11 @@ def encode_blocks(rows: QuantizedTensor) -> NDArray[np.uint8]:
 def row_blocks(count: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of rows that are worked on at once."""
     return ((start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
+
+
+def _ordered(weights: Weights) -> list[str]:
+    """Names with layer 2 before layer 10, whichever order the mapping has."""
+    return sorted(weights, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
 
 
 def _interleaved(heads: int, head_dim: int) -> NDArray[np.intp]:

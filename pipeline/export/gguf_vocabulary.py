@@ -90,7 +90,7 @@ def read_vocabulary(folder: Path, vocab_size: int, *, bos: int | None, eos: Sequ
     ):
         _refuse("a tokenizer that is no plain BPE")
     if not eos:
-        _refuse("no token that ends a text")
+        _refuse("no token that ends a text", "llama.cpp would take token 11 for it")
     merges = [_parts(merge) for merge in model["merges"]]
     kind, pre, scores = _kind(state, merges)
     spaced = kind == "plain spaces"
@@ -192,7 +192,7 @@ def _tokens(state: dict[str, Any], vocab_size: int, *, byte_tokens: bool, spaced
     bytes_here = set(_BYTE_TOKENS) if byte_tokens else set()
     for index, token, kind in entries + named:
         if index >= vocab_size:
-            _refuse(f"id {index} for {token!r}, the embedding has {vocab_size} rows")
+            _refuse(f"id {index} for {token!r}", f"the embedding has {vocab_size} rows")
         types[index] = kind
         if kind == NORMAL and token in bytes_here:
             types[index] = BYTE
@@ -200,7 +200,7 @@ def _tokens(state: dict[str, Any], vocab_size: int, *, byte_tokens: bool, spaced
             types[index] = UNKNOWN
         tokens[index] = token.replace(" ", SPACE) if spaced and kind == NORMAL else token
     if len(set(tokens)) < vocab_size:
-        _refuse("two ids with the same text")
+        _refuse("two ids with the same text", "llama.cpp does not load it")
     return tokens, types
 
 
@@ -209,5 +209,5 @@ def _parts(merge: str | Sequence[str]) -> tuple[str, str]:
     return first, second
 
 
-def _refuse(fault: str) -> NoReturn:
-    raise ExportError(f"{TOKENIZER_FILE} has {fault}: llama.cpp would cut texts differently; leave gguf out")
+def _refuse(fault: str, why: str = "llama.cpp would cut texts differently") -> NoReturn:
+    raise ExportError(f"{TOKENIZER_FILE} has {fault}: {why}; leave gguf out of export.containers")

@@ -24,6 +24,7 @@ from edge_runtime.formats.int4 import QuantizedTensor, Weights
 from pipeline.export.onnx_checks import refuse_tensor
 
 DATA_FILE = "weights.bin"
+_BLOCK_ROWS = 1024
 ALIGNMENT_BYTES = 64  # a cache line; also the widest vector load
 FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _ONNX_TYPES = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.float16): TensorProto.FLOAT16} | {
@@ -140,8 +141,7 @@ def _write_group(file: BinaryIO, spec: DecoderSpec, names: Sequence[str], weight
         refuse_tensor(spec, name, value)
     arrays: dict[str, Stored] = {}
     for name, value in group.items():
-        packed = _codes_bytes(value) if isinstance(value, QuantizedTensor) else np.asarray(value, np.float32)
-        arrays[name] = _append(file, packed)
+        arrays[name] = _append_codes(file, value) if isinstance(value, QuantizedTensor) else _append(file, value)
     stored = {}
     for name, value in group.items():
         if isinstance(value, QuantizedTensor):
@@ -154,11 +154,14 @@ def _write_group(file: BinaryIO, spec: DecoderSpec, names: Sequence[str], weight
     return stored
 
 
-def _codes_bytes(tensor: QuantizedTensor) -> NDArray[np.uint8]:
-    """(N, Kp * bits / 8): the operators' default zero point is half of the unsigned range."""
+def _append_codes(file: BinaryIO, tensor: QuantizedTensor) -> Stored:
+    """(N, Kp * bits / 8): the operators' default zero point is half of the unsigned range, as in packed 4-bit codes."""
     if tensor.bits == 4:
-        return tensor.packed
-    return (tensor.packed.view(np.uint8) + np.uint8(128)).astype(np.uint8)
+        return _append(file, tensor.packed)
+    stored = Stored(np.dtype(np.uint8), tensor.packed.shape, file.tell())
+    for start in range(0, len(tensor.packed), _BLOCK_ROWS):
+        file.write((tensor.packed[start : start + _BLOCK_ROWS].view(np.uint8) + np.uint8(128)).data)
+    return stored
 
 
 def _append(file: BinaryIO, array: NDArray[np.generic]) -> Stored:

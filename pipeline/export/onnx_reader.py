@@ -6,7 +6,10 @@ attributes and the tensors' dimensions, so that a comparison with the codes prov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +19,30 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from edge_runtime.formats.errors import PackageError
-from edge_runtime.formats.int4 import QuantizedTensor, unpack_nibbles
+from edge_runtime.formats.int4 import QuantizedTensor, Weights
 
 _QUANTIZED_OPS = ("MatMulNBits", "GatherBlockQuantized")
 
 
-def read_onnx_weights(path: Path) -> dict[str, QuantizedTensor | NDArray[np.float32]]:
+def read_onnx_weights(path: Path) -> Weights:
     """Codes and scales, or float32 arrays, by Hugging Face name, of ``model.onnx`` or ``model_lora.onnx``.
+
+    A weight is mapped from the data file each time that it is asked for, and nothing is kept.
 
     Raises:
         PackageError: The graph or its data file is damaged or cut.
     """
-    model, arrays = _load(path)
-    weights: dict[str, QuantizedTensor | NDArray[np.float32]] = {}
+    model, tensors = _load(path)
+    views = {name: partial(_view, path.parent, tensor) for name, tensor in tensors.items()}
+    readers: dict[str, _Reader] = {}
     for node in model.graph.node:
         if node.op_type in _QUANTIZED_OPS:
-            weights |= _quantized(model, node, arrays)
-    for name, array in arrays.items():
+            readers |= _quantized(model, node, views)
+    for name, tensor in tensors.items():
         if not name.endswith((".codes", ".blocks", ".scales")):
-            weights |= dict(zip(_part_names(name), _split(model, name, array), strict=True))
-    return weights
+            parts = zip(_part_names(name), _part_rows(model, name, tensor.dims[0]), strict=True)
+            readers |= {part: partial(_rows, views[name], rows) for part, rows in parts}
+    return _ReadWeights(readers)
 
 
 def weight_bytes(path: Path) -> int:
@@ -49,16 +56,36 @@ def weight_bytes(path: Path) -> int:
     return sum(length for _, length in extents)
 
 
-def _load(path: Path) -> tuple[ModelProto, dict[str, NDArray[Any]]]:
-    """The graph and its external tensors as read-only views of the data file."""
+_Reader = Callable[[], "QuantizedTensor | NDArray[np.float32]"]
+_View = Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadWeights(Mapping[str, "QuantizedTensor | NDArray[np.float32]"]):
+    readers: dict[str, _Reader]
+
+    def __getitem__(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def _load(path: Path) -> tuple[ModelProto, dict[str, TensorProto]]:
+    """The graph and its external tensors, each of which lies in the data file as a whole."""
     try:
         model = onnx.load(path, load_external_data=False)
-        arrays = {tensor.name: _view(path.parent, tensor) for tensor in _external_tensors(model)}
+        tensors = {tensor.name: tensor for tensor in _external_tensors(model)}
+        for tensor in tensors.values():
+            _view(path.parent, tensor)  # refuses what the file is too short for; reads nothing
     except (OSError, ValueError, KeyError) as error:
         raise PackageError(f"{path}: cannot read the weights back ({error})") from error
     except Exception as error:  # protobuf's DecodeError derives from Exception alone
         raise PackageError(f"{path}: not an ONNX file ({error})") from error
-    return model, arrays
+    return model, tensors
 
 
 def _external_tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -82,20 +109,30 @@ def _view(directory: Path, tensor: TensorProto) -> NDArray[Any]:
     return np.asarray(view).reshape(tuple(tensor.dims))
 
 
-def _quantized(model: ModelProto, node: NodeProto, arrays: dict[str, NDArray[Any]]) -> dict[str, QuantizedTensor]:
+def _quantized(model: ModelProto, node: NodeProto, views: Mapping[str, _View]) -> dict[str, _Reader]:
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     gathers = node.op_type == "GatherBlockQuantized"
     codes_name = node.input[0 if gathers else 1]
     stem = codes_name.rpartition(".")[0]
     columns = _hidden_size(model) if gathers else int(attributes["K"])
-    packed = arrays[codes_name].reshape(arrays[codes_name].shape[0], -1)
-    bits = int(attributes["bits"])
-    codes = unpack_nibbles(packed) if bits == 4 else (packed - np.uint8(128)).view(np.int8)
-    scales = arrays[f"{stem}.scales"]
-    if codes.shape[1] != scales.shape[1] * int(attributes["block_size"]):
-        raise PackageError(f"{stem}: {codes.shape[1]} codes a row do not match {scales.shape[1]} scales")
-    parts = zip(_part_names(stem), _split(model, stem, codes), _split(model, stem, scales), strict=True)
-    return {name: QuantizedTensor.of_codes(part, np.array(scale), bits, columns) for name, part, scale in parts}
+    codes, scales, bits = views[codes_name], views[f"{stem}.scales"], int(attributes["bits"])
+    shape, groups = codes().shape, scales().shape[1]
+    width = prod(shape[1:]) * 8 // bits
+    if width != groups * int(attributes["block_size"]):
+        raise PackageError(f"{stem}: {width} codes a row do not match {groups} scales")
+    parts = zip(_part_names(stem), _part_rows(model, stem, shape[0]), strict=True)
+    return {name: partial(_decode, codes, scales, rows, bits, columns) for name, rows in parts}
+
+
+def _decode(codes: _View, scales: _View, rows: slice, bits: int, columns: int) -> QuantizedTensor:
+    packed = codes()[rows].reshape(rows.stop - rows.start, -1)
+    return QuantizedTensor(
+        packed if bits == 4 else (packed - np.uint8(128)).view(np.int8), scales()[rows], bits, columns
+    )
+
+
+def _rows(array: _View, rows: slice) -> NDArray[np.float32]:
+    return array()[rows]
 
 
 def _hidden_size(model: ModelProto) -> int:
@@ -110,13 +147,14 @@ def _part_names(name: str) -> list[str]:
     return [f"{prefix}.{part}.{kind}" if prefix else f"{part}.{kind}" for part in parts.split("+")]
 
 
-def _split(model: ModelProto, name: str, array: NDArray[Any]) -> Sequence[NDArray[Any]]:
+def _part_rows(model: ModelProto, name: str, rows: int) -> list[slice]:
     """The rows of each part of a fused matrix: query, key and value by their heads, gate and up in halves."""
     parts = len(_part_names(name))
     if parts < 3:
-        return np.split(array, parts)
+        step = rows // parts
+        return [slice(start, start + step) for start in range(0, rows, step)]
     attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     heads = {attribute.name: attribute.i for attribute in attention.attribute}
-    unit = array.shape[0] // (heads["num_heads"] + 2 * heads["kv_num_heads"])
-    query = unit * heads["num_heads"]
-    return np.split(array, [query, query + unit * heads["kv_num_heads"]])
+    unit = rows // (heads["num_heads"] + 2 * heads["kv_num_heads"])
+    query, value = unit * heads["num_heads"], unit * (heads["num_heads"] + heads["kv_num_heads"])
+    return [slice(0, query), slice(query, value), slice(value, rows)]

@@ -13,7 +13,7 @@ class Grid:
 
     Attributes:
         bits: 4 (codes in [-8, 7]) or 8 (codes in [-127, 127]).
-        group: Input dimensions that share a scale.
+        group: Input dimensions that share a scale; 0 is one scale for a whole weight (8 bits).
         positive_scales: Scales are above zero, as XNNPACK wants them; otherwise a scale takes the sign that lets the
             group's largest weight use the longer side of the 4-bit range, as GGUF's Q4_0 does.
     """

@@ -3,7 +3,7 @@
 Both work on the grid of ``formats/int4``: code * scale, one fp16 scale a group of input
 dimensions. Scales are positive where a TFLite file is made from them (XNNPACK refuses others),
 otherwise they take the sign that lets the largest weight use the grid's longer side, as GGUF's
-Q4_0 does.
+Q4_0 does; the search tries the other sign too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.decoder import DecoderSpec, module_name
 from edge_runtime.formats.int4 import CODE_RANGE, QuantizedTensor, dequantize
+from pipeline.quantization.grid import Grid
 
-_SEARCH_FACTORS = np.linspace(0.60, 1.06, 24, dtype=np.float32)
 _SMALLEST_SCALE = np.float32(2.0**-14)  # the smallest normal fp16: runtimes may flush subnormals, and refuse zero
 _LARGEST_SCALE = np.float32(65504.0)
 _BLOCK_ROWS = 4096
@@ -25,7 +25,13 @@ FloatArray = NDArray[np.float32]
 
 
 def quantize_tensor(
-    weight: FloatArray, *, bits: int, group: int, rounding: str, positive_scales: bool = True
+    weight: FloatArray,
+    *,
+    bits: int,
+    group: int,
+    rounding: str,
+    positive_scales: bool = True,
+    importance: FloatArray | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight (N, K) in groups of ``group`` along K; K is zero-padded to a whole group.
 
@@ -33,29 +39,51 @@ def quantize_tensor(
         weight: Finite values.
         bits: 4 or 8.
         group: Input dimensions that share a scale.
-        rounding: ``rtn``: the smallest scale that covers the group. ``mse``: of several scales
-            around it, each refitted to its codes by least squares, the one with the least error.
+        rounding: As ``quantize_rows`` takes it.
         positive_scales: Refuse the sign trick; costs some error on the asymmetric 4-bit grid.
+        importance: As ``quantize_rows`` takes it.
 
     Raises:
         ValueError: A weight is not finite, or fp16 cannot hold a scale.
     """
-    if not np.isfinite(weight).all():
+    grid = Grid(bits, group, positive_scales)
+    starts = range(0, max(len(weight), 1), _BLOCK_ROWS)
+    blocks = [quantize_rows(weight[start : start + _BLOCK_ROWS], grid, rounding, importance) for start in starts]
+    packed, scales = (np.concatenate([getattr(block, part) for block in blocks]) for part in ("packed", "scales"))
+    return QuantizedTensor(packed, scales, bits, weight.shape[1])
+
+
+def quantize_rows(rows: FloatArray, grid: Grid, rounding: str, importance: FloatArray | None = None) -> QuantizedTensor:
+    """Quantize some rows (N, K) of a weight: the same codes in whatever blocks the rows come.
+
+    Args:
+        rows: Finite values.
+        grid: Codes and scales that are allowed.
+        rounding: ``rtn``: the smallest scale that covers the group. ``mse``: of many scales around it, each fitted to
+            its codes by least squares, the one with the least error.
+        importance: (K,) factors of the squared errors of the columns, at least 0; None weighs all alike. Needs ``mse``.
+
+    Raises:
+        ValueError: A weight is not finite, fp16 cannot hold a scale, or the importance does not fit.
+    """
+    from pipeline.quantization.kernels import choose_codes  # compiled by numba, which not every tool needs
+
+    count, columns = rows.shape
+    padded = -(-columns // grid.group) * grid.group
+    weights = np.ones(padded, np.float32)
+    if importance is not None:
+        weights[:columns] = _require_importance(importance, columns, rounding)
+    block = np.zeros((count, padded), np.float32)
+    block[:, :columns] = rows
+    if not np.isfinite(block).all():
         raise ValueError("weights must be finite")
-    rows, columns = weight.shape
-    padded = -(-columns // group) * group
-    codes = np.empty((rows, padded), np.int8)
-    scales = np.empty((rows, padded // group), np.float16)
-    for start in range(0, rows, _BLOCK_ROWS):
-        block = np.zeros((min(_BLOCK_ROWS, rows - start), padded), np.float32)
-        block[:, :columns] = weight[start : start + _BLOCK_ROWS]
-        grouped = block.reshape(-1, group)
-        chosen = _cover(grouped, bits, positive_scales)
-        if rounding == "mse":
-            chosen = _search(grouped, chosen, bits)
-        codes[start : start + len(block)] = _codes(grouped, chosen, bits).reshape(len(block), padded)
-        scales[start : start + len(block)] = chosen.reshape(len(block), -1)
-    return QuantizedTensor.of_codes(codes, scales, bits, columns)
+    codes, scales = np.empty((count, padded), np.int8), np.empty((count, padded // grid.group), np.float32)
+    low, high = map(np.float32, grid.code_range)
+    signed = grid.bits == 4 and not grid.positive_scales
+    largest = choose_codes(block, weights, grid.group, (low, high), signed, _factors(grid, rounding), codes, scales)
+    if largest > _LARGEST_SCALE:
+        raise ValueError("a scale exceeds fp16")
+    return QuantizedTensor.of_codes(codes, scales.astype(np.float16), grid.bits, columns)
 
 
 def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
@@ -66,11 +94,25 @@ def quantize_per_tensor(weight: FloatArray) -> QuantizedTensor:
     """
     if not np.isfinite(weight).all():
         raise ValueError("weights must be finite")
-    scale = _to_fp16(_require_fp16(np.abs(weight).max(keepdims=True) / 127)).astype(np.float16)[0, 0]
-    if scale.astype(np.float32) * 127 < np.abs(weight).max():  # rounded down: the largest weight would be clipped
+    return codes_of_scale(weight, tensor_scale(float(np.abs(weight).max())))
+
+
+def tensor_scale(largest: float) -> np.float16:
+    """The smallest fp16 scale whose eight-bit codes reach ``largest``, a whole weight's largest magnitude.
+
+    Raises:
+        ValueError: fp16 cannot hold it.
+    """
+    scale = _to_fp16(_require_fp16(np.array([np.float32(largest) / 127], np.float32))).astype(np.float16)[0]
+    if np.float32(scale) * 127 < np.float32(largest):  # rounded down: the largest weight would be clipped
         scale = np.nextafter(scale, np.float16(np.inf))
-    codes = np.clip(np.rint(weight / scale.astype(np.float32)), *CODE_RANGE[8]).astype(np.int8)
-    return QuantizedTensor.of_codes(codes, scale.reshape(1, 1), 8, weight.shape[1])
+    return np.float16(scale)
+
+
+def codes_of_scale(rows: FloatArray, scale: np.float16) -> QuantizedTensor:
+    """Eight-bit codes of rows (N, K) under one scale."""
+    codes = np.clip(np.rint(rows / np.float32(scale)), *CODE_RANGE[8]).astype(np.int8)
+    return QuantizedTensor.of_codes(codes, np.full((1, 1), scale, np.float16), 8, rows.shape[1])
 
 
 def pad_intermediate(
@@ -98,38 +140,27 @@ def relative_error(weight: FloatArray, tensor: QuantizedTensor) -> float:
     return float((difference**2).sum() / max(float((weight.astype(np.float64) ** 2).sum()), 1e-30))
 
 
-def _cover(groups: FloatArray, bits: int, positive: bool) -> FloatArray:
-    """(G, 1) fp16-exact scales: the smallest that keep every weight of a group (G, group) on the grid."""
-    low, high = CODE_RANGE[bits]
-    if positive or bits == 8:
-        scale = np.maximum(groups.max(axis=1) / high, groups.min(axis=1) / low)
-    else:
-        extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)[:, 0]
-        scale = extreme / low
-    return _to_fp16(_require_fp16(scale[:, None]))
+def _factors(grid: Grid, rounding: str) -> FloatArray:
+    """Multiples of the covering scale to try; more gain less than a thousandth of the error."""
+    if rounding == "rtn":
+        return np.empty(0, np.float32)
+    if rounding != "mse":
+        raise ValueError(f"rounding {rounding!r}: allowed are rtn and mse")
+    if grid.bits == 8:
+        return np.linspace(0.90, 1.05, 24, dtype=np.float32)
+    if grid.positive_scales:
+        return np.linspace(0.60, 1.15, 24, dtype=np.float32)
+    # Of the other sign larger ones: the shorter side of the range has to reach the largest weight then.
+    sides = [np.linspace(0.60, 1.06, 16), -np.linspace(0.60, 1.20, 16)]
+    return np.concatenate(sides).astype(np.float32)
 
 
-def _search(groups: FloatArray, start: FloatArray, bits: int) -> FloatArray:
-    best, least = start, _squared_error(groups, start, bits)
-    for factor in _SEARCH_FACTORS:
-        codes = _codes(groups, _to_fp16(start * factor), bits).astype(np.float32)
-        norm = (codes * codes).sum(axis=1, keepdims=True)
-        fitted = np.divide((groups * codes).sum(axis=1, keepdims=True), norm, out=start * factor, where=norm > 0)
-        for candidate in (_to_fp16(start * factor), _to_fp16(np.where(fitted * start > 0, fitted, start))):
-            error = _squared_error(groups, candidate, bits)
-            better = error < least
-            best, least = np.where(better, candidate, best), np.where(better, error, least)
-    return best
-
-
-def _squared_error(groups: FloatArray, scale: FloatArray, bits: int) -> FloatArray:
-    difference = groups - _codes(groups, scale, bits) * scale
-    return np.asarray((difference * difference).sum(axis=1, keepdims=True))
-
-
-def _codes(groups: FloatArray, scale: FloatArray, bits: int) -> NDArray[np.int8]:
-    codes: NDArray[np.int8] = np.clip(np.rint(groups / scale), *CODE_RANGE[bits]).astype(np.int8)
-    return codes
+def _require_importance(importance: FloatArray, columns: int, rounding: str) -> FloatArray:
+    if rounding != "mse":
+        raise ValueError(f"importance needs rounding mse, not {rounding}")
+    if importance.shape != (columns,) or not np.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError(f"importance must be {columns} finite numbers of at least 0")
+    return importance
 
 
 def _require_fp16(scale: FloatArray) -> FloatArray:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import pareto
+from pipeline.report import pareto, sensitivity
 from pipeline.report.table import (
     Family,
     PackageRow,
@@ -50,7 +50,7 @@ def write_page(family: Family, path: Path) -> None:
         prompt=family.get("prompt"),
         recovery=recovery_rows(family),
         rows=rows,
-        sensitivity=[],
+        sensitivity=_sensitivity(family),
         submodels=[_submodel(name, submodel) for name, submodel in family["submodels"].items()],
         summary=_summary(family, rows),
         teacher=family.get("teacher") or {},
@@ -77,6 +77,12 @@ def _picture(family: Family, rows: list[PackageRow]) -> Markup | None:
     teacher = (family.get("teacher") or {}).get("perplexity")
     # Safe: pareto escapes every text it draws.
     return Markup(pareto.draw([*points, *students], teacher))
+
+
+def _sensitivity(family: Family) -> list[tuple[str, Markup]]:
+    """The picture of each submodel whose weights were measured one by one."""
+    measured = ((name, submodel.get("sensitivity")) for name, submodel in family["submodels"].items())
+    return [(name, Markup(sensitivity.draw(figures))) for name, figures in measured if figures]
 
 
 def _containers(rows: list[PackageRow]) -> list[tuple[str, Markup]]:

@@ -83,8 +83,8 @@ def draw(points: Sequence[Point], teacher_perplexity: float | None = None) -> st
     """
     perplexities = [p.perplexity for p in points] + ([] if teacher_perplexity is None else [teacher_perplexity])
     spread = max(perplexities) / min(perplexities)
-    x = _axis([p.size_bytes for p in points], LEFT, WIDTH - RIGHT, logarithmic=True)
-    y = _axis(perplexities, HEIGHT - BOTTOM, TOP, logarithmic=spread > 8)
+    x = axis([p.size_bytes for p in points], LEFT, WIDTH - RIGHT, logarithmic=True)
+    y = axis(perplexities, HEIGHT - BOTTOM, TOP, logarithmic=spread > 8)
     packages = [p for p in points if p.container != "fp16"]
     fastest = max((p.tokens_per_s or 0.0 for p in packages), default=0.0)
     parts = [*_grid(x, y), *_teacher_line(teacher_perplexity, y), *_front_line(packages, x, y)]
@@ -111,7 +111,8 @@ def marker(container: str, x: float = 8, y: float = 8, radius: float = 6) -> str
     return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
 
-def _axis(values: Sequence[float], start: float, end: float, *, logarithmic: bool) -> Axis:
+def axis(values: Sequence[float], start: float, end: float, *, logarithmic: bool) -> Axis:
+    """Return an axis with a margin around the values; a linear one does not go below zero."""
     low, high = min(values), max(values)
     if logarithmic:
         margin = max((high / low) ** 0.12, 1.25)
@@ -120,8 +121,8 @@ def _axis(values: Sequence[float], start: float, end: float, *, logarithmic: boo
     return Axis(max(low - margin, 0.0), high + margin, start, end, False)
 
 
-def _ticks(axis: Axis) -> list[float]:
-    """Round values inside the axis: 1, 2, 5 a decade, or four to eight equal steps."""
+def ticks(axis: Axis) -> list[float]:
+    """Return round values inside the axis: 1, 2, 5 a decade, or four to eight equal steps."""
     if axis.logarithmic:
         decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
         ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
@@ -135,11 +136,11 @@ def _ticks(axis: Axis) -> list[float]:
 
 def _grid(x: Axis, y: Axis) -> Iterable[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    for tick in _ticks(x):
+    for tick in ticks(x):
         at = x.pixel(tick)
         yield f'<line class="grid" x1="{at:.1f}" y1="{TOP}" x2="{at:.1f}" y2="{bottom}"/>'
         yield f'<text class="tick" x="{at:.1f}" y="{bottom + 20}" text-anchor="middle">{tick / 1e6:g}</text>'
-    for tick in _ticks(y):
+    for tick in ticks(y):
         at = y.pixel(tick)
         yield f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>'
         yield f'<text class="tick" x="{LEFT - 10}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>'

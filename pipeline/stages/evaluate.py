@@ -55,6 +55,7 @@ def run(run: StageRun) -> None:
     result = {
         "params": quantized["params"],
         "fp16_weight_bytes": quantized["fp16_weight_bytes"],
+        **{name: quantized[name] for name in ("sensitivity",) if name in quantized},
         "perplexity_fp": distilled["perplexity"],
         "perplexity_from_scratch": scratch.get("perplexity"),
         "bits_per_byte_fp": distilled["bits_per_byte"],

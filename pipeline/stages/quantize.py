@@ -6,53 +6,48 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.formats.errors import ExportError
-from edge_runtime.formats.int4 import QuantizedTensor, save_weights
+from edge_runtime.formats.int4 import QuantizedTensor, load_weights
 from pipeline.artifacts import StageRun, write_json
 from pipeline.export.assembly import LEGACY_FILE, WEIGHTS_FILE
 from pipeline.progress import progress
-from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor, relative_error
+from pipeline.quantization.allocation import grids_of
+from pipeline.quantization.grid import Grid
+from pipeline.quantization.source import Checkpoint, open_checkpoint
+from pipeline.quantization.streaming import TensorFigures, quantize_checkpoint
+
+_ONE_SCALE = Grid(bits=8, group=0, positive_scales=True)
 
 
 def run(run: StageRun) -> None:
     """Write weights.safetensors, and legacy.safetensors when the legacy container is made."""
-    from pipeline.export.checkpoint import float_weights, load_student, spec_of
-
     config, settings = run.config, run.config.quantize
-    model = load_student(run.layout.student(run.submodel))
-    spec, floats = pad_intermediate(spec_of(model, config.export.context_tokens), float_weights(model), settings.group)
-    positive = "tflite" in config.export.containers
-    codes: dict[str, Any] = {}
-    legacy: dict[str, Any] = {}
-    errors: dict[str, float] = {}
-    with progress(f"quantize {run.submodel}", len(floats)) as report:
-        for done, (name, weight) in enumerate(floats.items(), 1):
-            if weight.ndim != 2:
-                codes[name] = legacy[name] = weight
-                continue
-            try:
-                codes[name] = quantize_tensor(
-                    weight,
-                    bits=settings.bits,
-                    group=settings.group,
-                    rounding=settings.rounding,
-                    positive_scales=positive,
-                )
-                legacy[name] = quantize_per_tensor(weight)
-            except ValueError as error:
-                raise ExportError(f"{name}: {error}; the student cannot be quantized, distil it again") from error
-            errors[name] = round(relative_error(weight, codes[name]), 8)
-            report(done, name)
-    save_weights(run.output / WEIGHTS_FILE, spec, codes)
+    student = run.layout.student(run.submodel)
+    source = open_checkpoint(student, config.export.context_tokens, settings.group, f"student {run.submodel}")
+    grids, sensitivity = grids_of(run, source)
+    figures = _write(run, source, grids, WEIGHTS_FILE)
     if "tflite_legacy" in config.export.containers:
-        save_weights(run.output / LEGACY_FILE, spec, legacy)
-    packed = sum(value.weight_bytes for value in codes.values() if isinstance(value, QuantizedTensor))
-    unique = sum(parameter.numel() for parameter in model.parameters())
-    metrics = {
+        _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
+    write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity)
+
+
+def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str) -> dict[str, TensorFigures]:
+    settings = run.config.quantize
+    with progress(f"quantize {run.submodel}", len(source.tensors)) as report:
+        return quantize_checkpoint(
+            source, grids, settings.rounding, run.output / file, run.checkpoint / file,
+            workers=settings.workers, report=report,
+        )  # fmt: skip
+
+
+def _metrics(run: StageRun, source: Checkpoint, figures: dict[str, TensorFigures]) -> dict[str, Any]:
+    _, weights = load_weights(run.output / WEIGHTS_FILE)
+    errors = {name: round(value.relative_error, 8) for name, value in figures.items()}
+    return {
         "relative_error_mean": round(float(np.mean(list(errors.values()))), 8),
         "relative_error": errors,
-        "code_and_scale_bytes": packed,
-        "fp16_weight_bytes": 2 * unique,
-        "params": unique,
+        "scale_range": {name: [value.scale_min, value.scale_max] for name, value in figures.items()},
+        "ends_share": {name: round(value.ends_share, 6) for name, value in figures.items()},
+        "code_and_scale_bytes": sum(w.weight_bytes for w in weights.values() if isinstance(w, QuantizedTensor)),
+        "fp16_weight_bytes": 2 * source.params,
+        "params": source.params,
     }
-    write_json(run.layout.metrics("quantize", run.submodel), metrics)

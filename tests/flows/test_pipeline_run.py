@@ -25,6 +25,7 @@ from tests.flows.conftest import LEGACY_PYTHON, OVERRIDES, run_edge, run_pipelin
 
 pytestmark = [pytest.mark.flow, pytest.mark.xdist_group("run")]
 CONTAINERS = ("onnx", "tflite", "tflite_legacy")
+FILES = ("gguf", "safetensors", "safetensors_linear")  # for other runtimes: packaged and compared, not measured
 
 
 def test_run_prints_where_it_writes_the_table_the_texts_and_the_next_command(finished):
@@ -46,13 +47,20 @@ def test_family_report_has_the_keys_that_others_rely_on(finished):
             assert {"file_bytes", "weight_bytes", "kl_to_fp", "top1_to_fp", "perplexity", "tokens_per_s", "load_s",
                     "peak_rss_bytes"} <= set(figures)  # fmt: skip
             assert figures["file_bytes"] >= figures["weight_bytes"] > submodel["params"] // 2
+        for container in FILES:
+            figures = submodel["packages"][container]
+            assert set(figures) == set(submodel["packages"]["tflite"]) | {"exact_max_abs"}
+            assert figures["file_bytes"] >= figures["weight_bytes"] > submodel["params"] // 2
+            assert figures["perplexity"] is None and figures["tokens_per_s"] is None
+        assert submodel["packages"]["gguf"]["weight_bytes"] == submodel["packages"]["onnx"]["weight_bytes"]
 
 
 def test_packages_open_and_hold_every_container(finished):
     layout = finished.layout
     for name in ("ci_small", "ci_tiny"):
         package = open_package(layout.package(name), load_trust())
-        assert set(package.available) == {*CONTAINERS, "tflite_train", "torch"}
+        assert set(package.available) == {*CONTAINERS, *FILES, "tflite_train", "torch"}
+        assert not any(name.startswith(FILES) for name in package.manifest.metrics)
         assert package.manifest.files["torch/weights.safetensors"].sha256 == package.manifest.base_digest
         assert {"onnx/train_32.onnx", "onnx/loss_32.onnx", "tflite_train/train.tflite"} <= set(package.manifest.files)
         assert package.manifest.name == name
@@ -67,6 +75,8 @@ def test_files_agree_with_the_dequantized_model(finished):
             assert parity[container]["positions"] == 64
             assert parity[container]["rms_ratio"] <= 0.03
             assert parity[container]["top1"] >= 0.98
+        assert parity["safetensors"]["max_abs"] == 0  # transformers' own load of the folder
+        assert parity["safetensors_linear"]["rms_ratio"] <= 1e-3  # fp16 embeddings
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
