@@ -151,6 +151,17 @@ def located(path: Path) -> Path:
     return (path if path.exists() else PROJECT / path).resolve()
 
 
+def external_lines(path: Path | None) -> list[str]:
+    """A user's file or folder as name, size and time of change of each file; none where there is nothing."""
+    if path is None or not located(path).exists():
+        return []
+    root = located(path)
+    if root.is_relative_to(PROJECT) and root.is_dir():
+        return [tree_digest(root)]  # the same in every clone
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a temporary file beside ``path``, flush it to disk, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)

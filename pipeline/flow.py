@@ -22,13 +22,12 @@ from pipeline.artifacts import (
     StageRun,
     atomic_directory,
     content_digest,
+    external_lines,
     fingerprint,
-    located,
     partial_directory,
     recorded_fingerprint,
     room_on_disk,
     sole_writer,
-    tree_digest,
     unwatched,
     write_record,
 )
@@ -355,14 +354,6 @@ def _external(stage: Stage, config: Config) -> list[str]:
         "clean": [config.data.path],
         "teacher": [getattr(config.teacher, "path", None)],
         "distill": [config.submodel.checkpoint],
-        "evaluate": config.runtime.task_files,
+        "evaluate": [*config.runtime.task_files, config.runtime.harness_path],
     }
-    found = [located(root) for root in roots.get(stage.name, []) if root is not None]
-    return [line for root in found if root.exists() for line in _external_lines(root)]
-
-
-def _external_lines(root: Path) -> list[str]:
-    if root.is_relative_to(PROJECT) and root.is_dir():
-        return [tree_digest(root)]  # the same in every clone
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return [line for root in roots.get(stage.name, []) for line in external_lines(root)]

@@ -112,6 +112,10 @@ def require_sources(config: Config) -> None:
         from pipeline.evaluation.preparation import task_files
 
         task_files(config.runtime)
+    if config.runtime.harness_tasks:
+        from pipeline.evaluation.harness import require_harness
+
+        require_harness()
     if isinstance(config.teacher, CheckpointTeacher) and config.teacher.kind == "local":
         resolve_checkpoint(config.teacher)
     if isinstance(config.data, DataConfig) and config.data.path is not None:

@@ -346,12 +346,18 @@ class RuntimeConfig(_Strict):
     task_tokens: Annotated[int, Field(ge=64, le=100_000_000)]
     task_files: list[Path]
     answer_tokens: Annotated[int, Field(ge=1, le=8192)]
+    harness_tasks: list[Annotated[str, Field(min_length=1, max_length=200)]]
+    harness_path: Path | None
 
     @model_validator(mode="after")
     def _check(self) -> RuntimeConfig:
-        names = [*self.tasks, *(path.stem for path in self.task_files)]
+        names = [*self.tasks, *(path.stem for path in self.task_files), *self.harness_tasks]
         if not names or len(set(names)) != len(names):
-            raise ValueError("tasks and task_files must name at least one task, each once (a file by its stem)")
+            raise ValueError(
+                "tasks, task_files and harness_tasks must name at least one task, each once (a file by its stem)"
+            )
+        if self.harness_path is not None and not self.harness_tasks:
+            raise ValueError("harness_path is a folder of tasks; name some in harness_tasks")
         return self
 
 

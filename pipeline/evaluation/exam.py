@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from pipeline.evaluation.harness import HarnessTasks, ask_harness
 from pipeline.evaluation.questions import Answers, Numbers, Questions, Task, answer
 from pipeline.evaluation.readers import Reader, Writer
 from pipeline.evaluation.recovery import Bounds, Recovery, compare
@@ -35,6 +36,7 @@ class Exam:
         tokenizer: Of both.
         ends: Tokens that end an answer.
         answer_tokens: Length of a worked answer at most.
+        harness: Tasks of lm-evaluation-harness, or None.
     """
 
     questions: Questions
@@ -42,6 +44,7 @@ class Exam:
     tokenizer: Tokenizer
     ends: tuple[int, ...]
     answer_tokens: int
+    harness: HarnessTasks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +62,20 @@ def sit(exam: Exam, reader: Reader) -> dict[str, Answers]:
     if isinstance(reader, Writer):
         for task in exam.worked:
             answers[task.name] = work(task, reader, exam.tokenizer, most_tokens=exam.answer_tokens, ends=exam.ends)
-    return answers
+    return answers | (ask_harness(exam.harness, reader, exam.tokenizer) if exam.harness is not None else {})
 
 
-def _subjects(exam: Exam) -> list[_Subject]:
+def _subjects(exam: Exam, fp: Answered) -> list[_Subject]:
     read = [_Subject(task.name, task.chance, task.clusters) for task in exam.questions.tasks]
     written = [
         _Subject(task.name, Counter(task.answers).most_common(1)[0][1] / len(task.answers), task.clusters)
         for task in exam.worked
     ]
-    return read + written
+    others = [
+        _Subject(name, answers.chance, np.arange(len(answers.correct)))
+        for name, answers in fp.items() if answers.chance is not None
+    ]  # fmt: skip
+    return read + written + others
 
 
 def recovery_table(
@@ -86,7 +93,7 @@ def recovery_table(
         recovery_min: What the interval's lower end must reach.
     """
     table = {}
-    for subject in (subject for subject in _subjects(exam) if len(subject.clusters) and subject.name in fp):
+    for subject in (subject for subject in _subjects(exam, fp) if len(subject.clusters) and subject.name in fp):
         containers = {}
         for container, answers in found.items():
             if (given := answers.get(subject.name)) is None:

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from pipeline.artifacts import StageRun, content_digest, located, read_json, write_atomic
+from pipeline.artifacts import StageRun, content_digest, external_lines, located, read_json, write_atomic
 from pipeline.data.packing import shuffled_rows
 from pipeline.evaluation.documentation_tasks import documentation_tasks, read_documents
 from pipeline.evaluation.exam import Exam, sit
+from pipeline.evaluation.harness import HarnessTasks
 from pipeline.evaluation.questions import Questions, join_questions
 from pipeline.evaluation.readers import TorchReader
 from pipeline.evaluation.task_files import TaskFile, file_questions, read_task_file, worked_tasks
@@ -66,7 +67,7 @@ def teacher_answers(run: StageRun, exam: Exam) -> Mapping[str, NDArray[np.bool_]
         tokenizer = Tokenizer.from_file(str(layout.teacher / "tokenizer.json"))
         start_id, ends = _teacher_ids(run)
         exam = _file_exam(files, tokenizer, start_id, ends, run.config.export.context_tokens, run.config.runtime)
-    if not exam.questions.tasks and not exam.worked:
+    if not exam.questions.tasks and not exam.worked and exam.harness is None:
         return {}
     digests = [content_digest(layout, path) for path in (layout.teacher, layout.targets)]
     path = layout.root / ".cache" / "answers" / f"{_digest(exam, digests)}.npz"
@@ -83,7 +84,11 @@ def _file_exam(
     questions = file_questions(files, tokenizer, start_id=start_id, most_tokens=length)
     room = max(1, length - runtime.answer_tokens)
     worked = worked_tasks(files, tokenizer, start_id=start_id, most_tokens=room)
-    return Exam(questions, worked, tokenizer, ends, runtime.answer_tokens)
+    harness = None
+    if runtime.harness_tasks:
+        folder = None if runtime.harness_path is None else located(runtime.harness_path)
+        harness = HarnessTasks(tuple(runtime.harness_tasks), folder, start_id, ends, length)
+    return Exam(questions, worked, tokenizer, ends, runtime.answer_tokens, harness)
 
 
 def _teacher_ids(run: StageRun) -> tuple[int, tuple[int, ...]]:
@@ -110,7 +115,9 @@ def _ask_teacher(run: StageRun, exam: Exam, path: Path) -> None:
 
 def _digest(exam: Exam, digests: list[str]) -> str:
     """Of everything that the teacher's answers depend on."""
-    digest = hashlib.sha256(" ".join([*digests, str(exam.ends), str(exam.answer_tokens)]).encode())
+    files = external_lines(None if exam.harness is None else exam.harness.folder)
+    settings = (exam.ends, exam.answer_tokens, exam.harness, files)
+    digest = hashlib.sha256(" ".join([*digests, repr(settings)]).encode())
     questions: Questions = exam.questions
     for sequence in questions.sequences:
         digest.update(sequence.tobytes() + b"|")

@@ -102,11 +102,13 @@ class Answers:
         said: (N,) the choice that was taken; of an exact item, the first token that the model would have written
             otherwise, or -1 where all were right.
         texts: (N,) what was said where answers are written.
+        chance: Of a task whose items are somebody else's; None of our own, which know theirs.
     """
 
     correct: NDArray[np.bool_]
     said: Numbers
     texts: tuple[str, ...] = ()
+    chance: float | None = None
 
 
 def make_task(name: str, items: Sequence[Item], *, exact: bool) -> Task:
@@ -147,6 +149,18 @@ def answer(questions: Questions, rows: Iterable[tuple[int, FloatArray]]) -> dict
     """
     if not questions.tasks:
         return {}
+    log_p, most_likely = token_marks(questions, rows)
+    ends = np.cumsum([0, *(len(task.token) for task in questions.tasks)]).tolist()
+    parts = zip(questions.tasks, pairwise(ends), strict=True)
+    return {task.name: _answers(task, log_p[a:b], most_likely[a:b]) for task, (a, b) in parts}
+
+
+def token_marks(questions: Questions, rows: Iterable[tuple[int, FloatArray]]) -> tuple[NDArray[np.float64], Numbers]:
+    """(log-probability, most likely token) at each token that is looked at, (P,) of all tasks in order.
+
+    Raises:
+        ValueError: A sequence is missing.
+    """
     at = _Lookup.of(questions)
     log_p, most_likely = np.full(len(at.token), np.nan), np.zeros(len(at.token), np.int64)
     for sequence, logits in rows:
@@ -162,8 +176,7 @@ def answer(questions: Questions, rows: Iterable[tuple[int, FloatArray]]) -> dict
         most_likely[chosen] = largest[back]
     if np.isnan(log_p).any():
         raise ValueError("logits of a sequence are missing or not finite")
-    parts = zip(questions.tasks, pairwise(at.task_ends), strict=True)
-    return {task.name: _answers(task, log_p[a:b], most_likely[a:b]) for task, (a, b) in parts}
+    return log_p, most_likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +187,6 @@ class _Lookup:
     position: Numbers
     order: Numbers
     bounds: Numbers
-    task_ends: list[int]
 
     @classmethod
     def of(cls, questions: Questions) -> _Lookup:
@@ -184,7 +196,6 @@ class _Lookup:
             np.concatenate([task.token for task in questions.tasks]),
             np.concatenate([task.position for task in questions.tasks]),
             order, np.searchsorted(sequence[order], np.arange(len(questions.sequences) + 1)),
-            np.cumsum([0, *(len(task.token) for task in questions.tasks)]).tolist(),
         )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edge_runtime.formats.errors import GateError
@@ -24,25 +23,34 @@ NAME = "ci_small"
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_configs([*OVERRIDES, f"submodel={NAME}", "export.containers=[onnx]", "export.train_buckets=[]"])[NAME]
+    return load_configs(
+        [
+            *OVERRIDES,
+            f"submodel={NAME}",
+            "export.containers=[onnx]",
+            "export.train_buckets=[]",
+            "export.torch_base=false",
+        ]
+    )[NAME]
 
 
-def shuffle_scales(weights: Path) -> None:
-    """The scales of one matrix's groups change places: every code stays what it was."""
+def break_scales(weights: Path) -> None:
+    """In the first layer every second group's scale is eight times what it should be; the codes stay what they were."""
     spec, tensors = load_weights(weights)
     held = dict(tensors.items())
-    name = next(name for name in sorted(held) if name.endswith("layers.0.mlp.down_proj.weight"))
-    old = held[name]
-    assert isinstance(old, QuantizedTensor)
-    scales = np.random.default_rng(0).permutation(old.scales.ravel()).reshape(old.scales.shape)
-    held[name] = QuantizedTensor(old.packed, scales * np.float16(4), old.bits, old.columns)
+    for name in (name for name in held if ".layers.0." in name and isinstance(held[name], QuantizedTensor)):
+        old = held[name]
+        assert isinstance(old, QuantizedTensor)
+        scales = old.scales.copy()
+        scales[:, ::2] *= 8
+        held[name] = QuantizedTensor(old.packed.copy(), scales, old.bits, old.columns)
     save_weights(weights, spec, held)
 
 
 def test_a_broken_quantization_is_refused_and_is_not_registered(finished, config: Config, tmp_path: Path) -> None:
     layout = Layout(tmp_path / "broken")
     shutil.copytree(finished.layout.root, layout.root, ignore=shutil.ignore_patterns(".cache", "checkpoints"))
-    shuffle_scales(layout.weights(NAME) / "weights.safetensors")
+    break_scales(layout.weights(NAME) / "weights.safetensors")
     before = json.loads((finished.layout.evaluation(NAME) / "evaluation.json").read_text())
     assert before["gate"]["passed"]
     config = config.model_copy(update={"track": config.track.model_copy(update={"store": tmp_path / "store"})})
@@ -92,6 +100,9 @@ def test_a_users_tasks_are_asked_of_the_exported_file_too(finished, config: Conf
     (tmp_path / "sums.jsonl").write_text(json.dumps(worked) + "\n")
     layout = Layout(tmp_path / "run")
     shutil.copytree(finished.layout.root, layout.root, ignore=shutil.ignore_patterns(".cache"))
+    for folder in layout.exports(NAME).iterdir():
+        if folder.is_dir() and folder.name != "onnx":
+            shutil.rmtree(folder)
     files = [tmp_path / "mine.jsonl", tmp_path / "sums.jsonl"]
     runtime = config.runtime.model_copy(update={"tasks": ["pairing"], "task_files": files, "answer_tokens": 5})
     config = config.model_copy(update={"runtime": runtime})

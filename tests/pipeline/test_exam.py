@@ -157,7 +157,8 @@ def test_only_who_can_write_is_asked_to(exam: Exam) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["runtime.tasks=[]"], "runtime: tasks and task_files must name at least one task"),
+        (["runtime.tasks=[]"], "runtime: tasks, task_files and harness_tasks must name at least one task"),
+        (["runtime.harness_path=x"], "name some in harness_tasks"),
         (["runtime.tasks=[cloze,cloze]"], "each once"),
         (["runtime.task_files=[a/cloze.jsonl]"], "each once"),
         (["runtime.tasks=[clozes]"], "runtime.tasks.0: got 'clozes', allowed: 'cloze', 'pairing'"),

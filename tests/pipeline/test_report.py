@@ -217,3 +217,51 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(self.texts.pop() + data if self.texts else data)
+
+
+@pytest.fixture
+def proven(family: dict[str, Any]) -> dict[str, Any]:
+    """A family in which ``small`` was asked one task, in two containers that changed an answer in common."""
+
+    def entry(verdict: str, low: float | None) -> dict[str, Any]:
+        return {
+            "accuracy": 0.5512, "recovery": 0.9713, "low": low, "high": 0.9921, "lost": 41, "gained": 17,
+            "mcnemar_p": 0.00214, "decidable": True, "verdict": verdict, "to_teacher": {"recovery": 0.6612},
+        }  # fmt: skip
+
+    flip = {"task": "cloze", "prompt": "Return a copy of the", "answer": " string", "fp": " string", "found": " list"}
+    family["submodels"]["small"]["recovery"] = {
+        "confidence": 0.95, "needed": 0.93, "tokens": 32768, "flips": {"onnx": [flip], "tflite": [flip]},
+        "tasks": {"cloze": {
+            "items": 4321, "documents": 321, "chance": 0.25, "accuracy_fp": 0.5621, "accuracy_teacher": 0.7114,
+            "containers": {"onnx": entry("passed", 0.9514), "tflite": entry("not decidable", None)},
+        }},
+    }  # fmt: skip
+    return family
+
+
+def test_page_shows_what_was_kept_and_which_answers_changed(proven: dict[str, Any], tmp_path: Path) -> None:
+    write_page(proven, tmp_path / "index.html")
+    texts = [text for text in Page(tmp_path / "index.html").texts if text]
+    start = texts.index("4,321 (321)") - 3
+    assert texts[start : start + 13] == [
+        "small", "cloze", "onnx", "4,321 (321)", "25.0", "56.2", "55.1", "97.1 (95.1 to 99.2)", "passed", "−41 +17",
+        "0.002", "71.1", "66.1",
+    ]  # fmt: skip
+    assert "97.1 (– to 99.2)" in texts and "not decidable" in texts
+    assert "cloze, onnx, tflite" in texts, "the same change of two containers is shown once"
+    assert texts.count("…Return a copy of the") == 1 and "list" in texts
+    assert any("must reach 93.0 %" in " ".join(text.split()) for text in texts)
+
+
+def test_page_of_a_family_that_was_not_asked_says_nothing_of_it(family: dict[str, Any], tmp_path: Path) -> None:
+    write_page(family, tmp_path / "index.html")
+    assert "What 4 bits keep" not in Page(tmp_path / "index.html").texts
+
+
+def test_card_says_what_was_kept_of_its_own_submodel_alone(proven: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        write_card(name, proven, {"name": name}, tmp_path / f"{name}.md")
+    card = (tmp_path / "small.md").read_text()
+    assert "| cloze | onnx | 4321 | 25.0 | 56.2 | 55.1 | 97.1 | 95.1 to 99.2 | passed |" in card
+    assert "begins at 93.0 % or above" in card and "What 4 bits keep" not in (tmp_path / "large.md").read_text()
