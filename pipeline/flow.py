@@ -116,7 +116,7 @@ STAGES = {
         Stage(
             "quantize",
             ("quantize", "export"),
-            ("pipeline/quantization", "pipeline/export", "pipeline/distillation/checkpoint_files.py", _FORMATS),
+            ("pipeline/quantization", "pipeline/export", *_MODELS),
             ("targets", "distill"),
             "artifacts/weights/{}",
         ),
@@ -136,11 +136,10 @@ STAGES = {
             "evaluate",
             ("export", "runtime", "gate", "submodel", "distill.sequence_tokens", "distill.precision", "seed"),
             (
-                _STUDENT_LOGITS,
                 *_PACKING,
+                "pipeline/distillation",
                 "pipeline/export",
                 "pipeline/evaluation",
-                *(f"pipeline/distillation/{name}.py" for name in ("scoring", "needles", "teachers")),
                 "edge_runtime",
             ),
             ("clean", "teacher", "targets", "distill", "quantize", "export"),
@@ -156,7 +155,7 @@ STAGES = {
         Stage(
             "report",
             ("family", "runtime", "data.source"),
-            ("pipeline/report", "pipeline/stages/package.py"),
+            ("pipeline/report", "pipeline/stages/package.py", f"{_FORMATS}/decoder.py"),
             ("evaluate", "package"),
             "artifacts/report",
         ),

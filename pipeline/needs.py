@@ -34,7 +34,9 @@ _GRAPH_BYTES_A_LAYER = {
     "gguf": 700, "safetensors": 3_000, "safetensors_linear": 3_000,  # names and shapes
 }  # fmt: skip
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
-_QUANTIZE_S_A_WEIGHT = {"mse": 0.35e-6, "rtn": 0.08e-6}
+_QUANTIZE_S_A_WEIGHT = {"mse": 0.035e-6, "rtn": 0.013e-6}  # of one core
+_SENSITIVITY_BYTES_A_WEIGHT = 7.5  # the model in fp32, and every matrix in 4 bits and in 8
+_QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales of a 7B's embedding
 _READ_BYTES = 64e6  # logits of a batch that answers tasks
 _CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
@@ -235,7 +237,9 @@ def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     # Half of the text ranks, by half a pass a matrix; the other half measures points of the curve by whole ones.
     passes = (7 * sizes.num_hidden_layers + 2) / 4 + (_CURVE_POINTS + 2) / 2
     return Needs(
-        weights_bytes(sizes, config) + legacy, _PROCESS_BYTES + sizes.params * (4.0 + 4 + 1 + 1),
+        weights_bytes(sizes, config) + legacy,
+        _PROCESS_BYTES + (_SENSITIVITY_BYTES_A_WEIGHT * sizes.params if quantize.sensitivity_tokens else 0)
+        + quantize.workers * _QUANTIZE_BYTES_A_WORKER,
         forward_flops=passes * quantize.sensitivity_tokens * sizes.forward_flops(length),
         fixed_s=_PROCESS_S + seconds,
     )  # fmt: skip

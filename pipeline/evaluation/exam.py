@@ -86,7 +86,7 @@ def recovery_table(
         recovery_min: What the interval's lower end must reach.
     """
     table = {}
-    for subject in (subject for subject in _subjects(exam) if len(subject.clusters)):
+    for subject in (subject for subject in _subjects(exam) if len(subject.clusters) and subject.name in fp):
         containers = {}
         for container, answers in found.items():
             if (given := answers.get(subject.name)) is None:

@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.formats.decoder import EMBEDDING, HEAD
 from edge_runtime.formats.errors import BackendError, ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
 
 FloatArray = NDArray[np.float32]
 RMS_RATIO_LIMIT = 0.10  # a wrong scale, a swapped nibble or a missing rotation gives 0.3 and more
 _RUN_TIMEOUT_S = 1800
+_HEAD, _EMBEDDING = f"{HEAD}.weight", f"{EMBEDDING}.weight"
 _BLOCK_CODES = 1 << 24
 
 
@@ -102,6 +104,8 @@ def load_dequantized(model: Any, weights: Weights) -> Any:
             array = dequantize(value) if isinstance(value, QuantizedTensor) else value
             target = state[name]
             target.copy_(torch.from_numpy(array[tuple(slice(size) for size in target.shape)].copy()))
+        if _HEAD not in weights:  # a copy of the embedding in the checkpoint, stored once in the codes
+            state[_HEAD].copy_(state[_EMBEDDING])
     return model
 
 

@@ -126,6 +126,7 @@ def write_weights(
     work: Path,
     *,
     identity: str,
+    vectors: Mapping[str, FloatArray] | None = None,
     workers: int = 1,
     report: Report | None = None,
 ) -> dict[str, TensorFigures]:
@@ -138,6 +139,7 @@ def write_weights(
         output: As in ``quantize_checkpoint``.
         work: As in ``quantize_checkpoint``.
         identity: What the codes depend on beside checkpoint and grids; unfinished work of another one is dropped.
+        vectors: Norms and biases that take the place of the checkpoint's.
         workers: As in ``quantize_checkpoint``.
         report: As in ``quantize_checkpoint``.
 
@@ -151,7 +153,7 @@ def write_weights(
     with room_on_disk(work, layout.total_bytes):
         work.mkdir(parents=True, exist_ok=True)
         with _unfinished(work, layout, _made_from(checkpoint, layout, grids, identity)) as (descriptor, journal):
-            job = _Job(descriptor, layout, journal, grids, open_tensor, threading.Event())
+            job = _Job(descriptor, layout, journal, grids, open_tensor, vectors or {}, threading.Event())
             names = [*grids, *(name for name in checkpoint.tensors if name not in grids)]
             _work_off(job, [checkpoint.tensors[name] for name in names], workers, report)
             os.fsync(descriptor)
@@ -169,6 +171,7 @@ class _Job:
     journal: Journal
     grids: Mapping[str, Grid]
     open_tensor: Callable[[SourceTensor], RowQuantizer]
+    vectors: Mapping[str, FloatArray]
     stopped: threading.Event
 
     def places(self, name: str) -> list[Place]:
@@ -205,10 +208,9 @@ def _work_off(job: _Job, tensors: list[SourceTensor], workers: int, report: Repo
                 future.result()
                 if report is not None:
                     report(done, futures[future])
-        except BaseException:
+        finally:  # also when this thread is interrupted
             job.stopped.set()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _finish(job: _Job, tensor: SourceTensor) -> None:
@@ -218,14 +220,20 @@ def _finish(job: _Job, tensor: SourceTensor) -> None:
         return
     try:
         values = _write_matrix(job, tensor) if tensor.name in job.grids else _write_vector(job, tensor)
-    except ValueError as error:
-        raise ExportError(f"{tensor.name}: {error}; it cannot be quantized") from error
+    except BaseException as error:
+        job.stopped.set()
+        if isinstance(error, ValueError):
+            raise ExportError(f"{tensor.name}: {error}; it cannot be quantized") from error
+        raise
     if values:
         job.journal.note(tensor.name, values)
 
 
 def _write_vector(job: _Job, tensor: SourceTensor) -> dict[str, Any]:
-    content = read_rows(tensor).tobytes()
+    values = np.asarray(job.vectors.get(tensor.name, read_rows(tensor)), np.float32)
+    if values.shape != tensor.shape:
+        raise ValueError(f"a vector of shape {values.shape}, the decoder has {tensor.shape}")
+    content = values.tobytes()
     write_at(job.descriptor, content, job.places(tensor.name)[0].offset_bytes)
     return {"crc32": [zlib.crc32(content)]}
 

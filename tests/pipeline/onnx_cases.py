@@ -71,6 +71,7 @@ CASES = {
     "llama_yarn": Case(LlamaConfig, LlamaForCausalLM, {"rope_parameters": YARN}),
     "llama_llama3_rope": Case(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "qwen2_group_16": Case(Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, group=16),
+    "qwen2_group_128": Case(Qwen2Config, Qwen2ForCausalLM, {}, group=128),
     "qwen3": Case(Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
     "mistral": Case(MistralConfig, MistralForCausalLM, {"num_key_value_heads": 5, "sliding_window": None}),
 }
