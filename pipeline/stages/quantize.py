@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ def run(run: StageRun) -> None:
     if "tflite_legacy" in config.export.containers:
         _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
     write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity)
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
 
 
 def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str) -> dict[str, TensorFigures]:
