@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,6 @@ _ONE_SCALE = Grid(bits=8, group=0, positive_scales=True)
 
 def run(run: StageRun) -> None:
     """Write weights.safetensors, and legacy.safetensors when the legacy container is made."""
-    from pipeline.distillation.checkpoints import discard_checkpoint
-
     config, settings = run.config, run.config.quantize
     student = run.layout.student(run.submodel)
     source = open_checkpoint(student, config.export.context_tokens, settings.group, f"student {run.submodel}")
@@ -37,7 +36,7 @@ def run(run: StageRun) -> None:
     if "tflite_legacy" in config.export.containers:
         _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
     write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity | training)
-    discard_checkpoint(run.checkpoint)
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
 
 
 def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str) -> dict[str, TensorFigures]:
