@@ -68,9 +68,9 @@ def main() -> int:
     print(heading(title))
     print(
         "| submodel | tokens equal | perplexity fp32 | ours | llama.cpp | difference | greedy: ours = llama.cpp "
-        "| ours = fp32 | llama.cpp = fp32 | logits apart (RMS / spread) |"
+        "| ours = fp32 | llama.cpp = fp32 | logits apart (RMS / spread) | gap where they part: median, largest |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in names:
         print(_row(llama, layout, name), flush=True)
     print("\nLogits against transformers, RMS of the difference over their spread:\n")
@@ -153,7 +153,9 @@ def _row(llama: Llama, layout: Layout, name: str) -> str:
             cache = backend.allocate(spec.context_tokens)
             ours = np.stack([_prefill(backend, cache, row) for row in tokens])
             ours_greedy = np.array([_greedy(backend, cache, prompt) for prompt in prompts], np.int32)
-        theirs, theirs_greedy = llama.logits(model, tokens), llama.greedy(model, prompts)
+            theirs, theirs_greedy = llama.logits(model, tokens), llama.greedy(model, prompts)
+            rows = zip(prompts, ours_greedy, theirs_greedy, strict=True)
+            parting = [_gap(backend, cache, *row) for row in rows if (row[1] != row[2]).any()]
     perplexities = [_perplexity(logits, tokens) for logits in (exact, ours, theirs)]
     shape = (-1, spec.vocab_size)
     apart = compare_logits(ours.reshape(shape), theirs.reshape(shape)).rms_ratio
@@ -161,7 +163,10 @@ def _row(llama: Llama, layout: Layout, name: str) -> str:
     same = " | ".join(f"{int((one == other).all(axis=1).sum())} of {len(prompts)}" for one, other in pairs)
     figures = " | ".join(f"{value:.4f}" for value in perplexities)
     difference = perplexities[2] / perplexities[1] - 1
-    return f"| {name} | {equal:,} of {total:,} | {figures} | {100 * difference:+.3f} % | {same} | {apart:.4f} |"
+    gaps = ", ".join(f"{gap:.3f}" for gap in np.quantile(parting, (0.5, 1.0))) if parting else "-"
+    return (
+        f"| {name} | {equal:,} of {total:,} | {figures} | {100 * difference:+.3f} % | {same} | {apart:.4f} | {gaps} |"
+    )
 
 
 def _toy_row(llama: Llama, toy: str) -> str:
@@ -214,6 +219,13 @@ def _greedy(backend: Backend, cache: KVCache, prompt: Ids) -> list[int]:
     while len(found) < NEW_TOKENS:
         found.append(int(backend.decode(found[-1], cache).argmax()))
     return found
+
+
+def _gap(backend: Backend, cache: KVCache, prompt: Ids, ours: Ids, theirs: Ids) -> float:
+    """How much likelier our token is than theirs where they part: a difference of logits over their spread."""
+    place = int((ours != theirs).argmax())
+    last = _prefill(backend, cache, np.concatenate([prompt, ours[:place]]))[-1]
+    return float((last[ours[place]] - last[theirs[place]]) / last.std())
 
 
 def _torch_greedy(model: Any, prompts: Ids) -> Ids:
