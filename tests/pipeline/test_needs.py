@@ -56,6 +56,7 @@ def test_needs_of_the_demo_are_positive_and_what_a_machine_can_have(demo: dict[s
         ("distill.on_policy_steps=10", ["distill"]),
         ("submodel.width=0.75", ["distill", "quantize", "export", "evaluate", "package", "register"]),
         ("runtime.evaluation_sequences=480", ["targets", "distill", "evaluate"]),
+        ("runtime.task_tokens=327680", ["evaluate"]),
         ("quantize.rounding=rtn", []),
         ("export.train_buckets=[64,128,256]", ["export", "package", "register"]),
     ],
