@@ -57,6 +57,7 @@ def test_needs_of_the_demo_are_positive_and_what_a_machine_can_have(demo: dict[s
         ("submodel.width=0.75", ["distill", "quantize", "export", "evaluate", "package", "register"]),
         ("runtime.evaluation_sequences=480", ["targets", "distill", "evaluate"]),
         ("quantize.rounding=rtn", []),
+        ("quantize.sensitivity_tokens=8192", ["quantize"]),
         ("export.train_buckets=[64,128,256]", ["export", "package", "register"]),
     ],
 )
