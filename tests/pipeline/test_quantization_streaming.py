@@ -210,6 +210,13 @@ class TestInterruptions:
             assert not work.exists()
         assert 30 < limit < 1000
 
+    def test_writes_that_take_a_part_at_a_time_lose_nothing(
+        self, quantize: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected, whole = quantize(), os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda file, content, offset: whole(file, content[:100], offset))
+        assert quantize() == expected
+
     def test_no_room_is_said_before_any_work(
         self, quantize: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -217,7 +224,7 @@ class TestInterruptions:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        monkeypatch.setattr(streaming, "quantize_rows", full)
+        monkeypatch.setattr(streaming, "quantize_rows", None)  # whoever calls it fails
         with pytest.raises(UserError, match=r"free disk: got 'none left at .*work', allowed: at least 0\.00 GB"):
             quantize()
 
@@ -257,7 +264,7 @@ class TestInterruptions:
                 partial.write_bytes(partial.read_bytes()[:5000])
             assert quantize() == expected
 
-    @pytest.mark.parametrize("change", ["settings", "weights", "identity"])
+    @pytest.mark.parametrize("change", ["settings", "weights", "identity", "importance"])
     def test_unfinished_work_of_something_else_is_dropped(
         self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
     ) -> None:
@@ -276,7 +283,12 @@ class TestInterruptions:
         if change == "weights":
             for name in ("lm_head.weight", "model.embed_tokens.weight"):
                 change_tensor(model, name, lambda tensor: tensor * 2)
-        options = {"settings": {"grid": replace(GRID, positive_scales=False)}, "weights": {}, "identity": {}}[change]
+        tensors = open_checkpoint(model, CONTEXT_TOKENS, 32).tensors
+        ramps = {name: np.linspace(0, 9, t.shape[1], dtype=np.float32) for name, t in tensors.items() if t.shape[1:]}
+        changes: dict[str, dict[str, Any]] = {
+            "settings": {"grid": replace(GRID, positive_scales=False)}, "importance": {"importance": ramps},
+        }  # fmt: skip
+        options = changes.get(change, {})
         rounding = "rtn" if change == "identity" else "mse"
         found = run(rounding, **options)
         assert found == run(rounding, **options)  # from the beginning
