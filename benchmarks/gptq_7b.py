@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.quantization import calibrated, calibration, gptq
 from pipeline.quantization.grid import Grid
+from pipeline.quantization.source import open_checkpoint
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "read weights": [(calibration, "_loaded"), (calibration.Decoder, "read")],
@@ -57,13 +58,12 @@ def main() -> int:
     start_s = time.perf_counter()
     _time_parts(spent_s, device)
     _limit(options.limit_s, start_s)
-    plan = calibrated.Calibration("gptq", _grids(options), options.sequence_tokens)
+    source = open_checkpoint(checkpoint, options.sequence_tokens, options.group)
+    plan = calibrated.Calibration("gptq", source.grids(Grid(4, options.group, options.positive)))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        _, weights = calibrated.quantize_calibrated(
-            checkpoint, tokens.astype(np.int32), plan, work, "gptq", device=device
-        )
+        weights = calibrated.quantize_calibrated(source, tokens.astype(np.int32), plan, work, "gptq", device=device)
     except OutOfTime:
         weights = {}
     total_s = time.perf_counter() - start_s
@@ -140,14 +140,6 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator, device: to
     return values.bfloat16().cpu()
 
 
-def _grids(options: argparse.Namespace) -> dict[str, Grid]:
-    grid = Grid(4, options.group, options.positive)
-    layer = [f"model.layers.{i}.{block}_proj.weight" for i in range(options.layers) for block in (
-        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down",
-    )]  # fmt: skip
-    return dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight", *layer], grid)
-
-
 def _time_parts(spent_s: dict[str, float], device: torch.device) -> None:
     """Wrap the functions of each part; time inside another part counts for the inner one."""
     open_parts: list[float] = []
@@ -182,8 +174,8 @@ def _limit(limit_s: float, start_s: float) -> None:
     """Stop between layers, and say after each how it goes."""
     store = calibrated._store
 
-    def stored(path: Path, spec: Any, weights: Any) -> None:
-        store(path, spec, weights)
+    def stored(path: Path, decoder: Any, weights: Any) -> None:
+        store(path, decoder, weights)
         elapsed_s = time.perf_counter() - start_s
         print(f"{path.stem}: {elapsed_s:.1f} s", flush=True)
         if elapsed_s > limit_s:
@@ -197,9 +189,8 @@ def _print(
 ) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     version = torch.__version__.partition("+")[0]
-    print(
-        f"\n### GPTQ: hidden {options.hidden}, {options.layers} layers, group {options.group}; {name}, torch {version}\n"
-    )
+    shape = f"hidden {options.hidden}, {options.layers} layers, group {options.group}"
+    print(f"\n### GPTQ: {shape}; {name}, torch {version}\n")
     print(f"{options.sequences} x {options.sequence_tokens} calibration tokens; {done} of {options.layers} layers\n")
     print("| part | seconds |\n|---|---|")
     for part in PARTS:

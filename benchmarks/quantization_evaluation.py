@@ -66,7 +66,8 @@ def evaluate_weights(
     perplexity = math.exp(loss.mean())
     total = sum(parameter.numel() for parameter in model.parameters())
     return Figures(
-        float(kl.mean()), _error(kl), float(same.mean()), perplexity, perplexity * _error(loss), math.exp(loss_fp.mean()),
+        float(kl.mean()), _error(kl), float(same.mean()),
+        perplexity, perplexity * _error(loss), math.exp(loss_fp.mean()),
         (stored if stored_bits is None else stored_bits) / total,
     )  # fmt: skip
 
@@ -111,7 +112,7 @@ def _put(model: Any, weights: Mapping[str, Any]) -> float:
         if isinstance(value, QuantizedTensor):
             bits[id(parameter)] = 8.0 * value.weight_bytes
             value = dequantize(value)
-        found = torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+        found = torch.as_tensor(np.array(value) if not isinstance(value, torch.Tensor) else value)
         parameter.copy_(found[tuple(slice(size) for size in parameter.shape)])  # padding of the FFN is cut off
     return sum(bits.values())
 

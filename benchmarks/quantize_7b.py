@@ -174,7 +174,7 @@ def write_safetensors(task: Task) -> Outcome:
     folder.mkdir()
     spec, weights = load_weights(task.codes())
     write = import_module("pipeline.export.compressed_tensors").write_compressed_tensors
-    write(folder, spec, weights, config=task.checkpoint, linear_only=False)
+    write(folder, spec, weights, config=task.checkpoint / "config.json", linear_only=False)
     clock.lap("written")
     return Outcome(task.codes().stat().st_size, _size(folder), clock.laps_s)
 

@@ -78,6 +78,9 @@ _TRAINING = tuple(
         "sharding",
     )
 )
+_TRAINING_IN_CODES = tuple(
+    f"distill.{key}" for key in ("precision", "checkpoint_every_steps", "chunk_tokens", "micro_sequences", "compile")
+)
 _SIGNAL = tuple(
     f"distill.{key}"
     for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
@@ -114,7 +117,7 @@ STAGES = {
         ),
         Stage(
             "quantize",
-            ("quantize", "export"),
+            ("quantize", "export", *_TRAINING_IN_CODES, "seed", "threads"),
             ("pipeline/quantization", "pipeline/export", *_MODELS),
             ("targets", "distill"),
             "artifacts/weights/{}",

@@ -34,9 +34,10 @@ _GRAPH_BYTES_A_LAYER = {
     "gguf": 700, "safetensors": 3_000, "safetensors_linear": 3_000,  # names and shapes
 }  # fmt: skip
 _TRAIN_GRAPH_BYTES_A_LAYER, _HEADER_BYTES_A_LAYER = 13_600, 2_400
-_QUANTIZE_S_A_WEIGHT = {"mse": 0.035e-6, "rtn": 0.013e-6}  # of one core
+_QUANTIZE_S_A_WEIGHT = {"rtn": 0.013e-6, "mse": 0.035e-6, "weighted_mse": 0.05e-6, "gptq": 0.5e-6}  # of one core
 _SENSITIVITY_BYTES_A_WEIGHT = 7.5  # the model in fp32, and every matrix in 4 bits and in 8
 _QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales of a 7B's embedding
+_CALIBRATION_PASSES = {"weighted_mse": 4, "gptq": 6}  # over a layer up to each input, whole, and for a tied head
 _READ_BYTES = 64e6  # logits of a batch that answers tasks
 _CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
@@ -236,12 +237,25 @@ def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     seconds = _QUANTIZE_S_A_WEIGHT[quantize.rounding] * sizes.params
     # Half of the text ranks, by half a pass a matrix; the other half measures points of the curve by whole ones.
     passes = (7 * sizes.num_hidden_layers + 2) / 4 + (_CURVE_POINTS + 2) / 2
+    calibrated = min(length, config.export.context_tokens) * quantize.calibration_sequences
+    calibration_passes = _CALIBRATION_PASSES.get(quantize.rounding, 0)
+    trained, states = quantize.qad_steps * quantize.qad_batch_sequences * length, 0.0
+    device: dict[str, float] = {}
+    if trained:
+        device = _training_bytes(sizes, config, bf16, quantize.qad_batch_sequences)
+        device["quantize.qad_steps=0"] = 4.0 * sizes.params
+        states = _state_bytes(sizes, config, quantize.qad_steps)
     return Needs(
         weights_bytes(sizes, config) + legacy,
         _PROCESS_BYTES + (_SENSITIVITY_BYTES_A_WEIGHT * sizes.params if quantize.sensitivity_tokens else 0)
+        + (4.0 * sizes.hidden_size * calibrated if calibration_passes else 0.0)
         + quantize.workers * _QUANTIZE_BYTES_A_WORKER,
-        forward_flops=passes * quantize.sensitivity_tokens * sizes.forward_flops(length),
-        fixed_s=_PROCESS_S + seconds,
+        scratch_bytes=(weights_bytes(sizes, config) if calibration_passes else 0.0) + states,
+        device_bytes=device,
+        training_flops=trained * sizes.training_flops(length),
+        forward_flops=passes * quantize.sensitivity_tokens * sizes.forward_flops(length)
+        + (calibration_passes * calibrated + trained) * sizes.forward_flops(length),
+        fixed_s=_PROCESS_S + seconds, steps=quantize.qad_steps,
     )  # fmt: skip
 
 

@@ -228,8 +228,12 @@ class QuantizeConfig(_Strict):
 
     bits: Literal[4, 8]
     group: Literal[32, 64, 128]
-    rounding: Literal["rtn", "mse"]
+    rounding: Literal["rtn", "mse", "weighted_mse", "gptq"]
     workers: Annotated[int, Field(ge=1, le=256)]
+    calibration_sequences: Annotated[int, Field(ge=1, le=65_536)]
+    qad_steps: Annotated[int, Field(ge=0)]
+    qad_batch_sequences: Count
+    qad_learning_rate: Rate
     sensitivity_tokens: Annotated[int, Field(ge=0, le=65_536)]
     weight_ratio_max: Annotated[float, Field(gt=0.25, lt=0.6)] | None
 

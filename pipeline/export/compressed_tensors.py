@@ -26,10 +26,10 @@ from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
 from edge_runtime.formats.manifest import TOKENIZER_FILE
 from edge_runtime.formats.package import CHAT_TEMPLATE_FILE
+from pipeline.export.gguf import row_blocks
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 UNPACKED_IN_LINEAR = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
-BLOCK_ROWS = 1024  # of a weight that are written, or compared, at once
 _SHARD_BYTES = 4_000_000_000
 _DTYPES = {"I32": 4, "I64": 8, "F16": 2, "F32": 4}
 
@@ -105,11 +105,6 @@ def pack_int32(rows: QuantizedTensor) -> NDArray[np.int32]:
     return np.ascontiguousarray(packed).view("<i4")
 
 
-def row_blocks(count: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of rows that are worked on at once."""
-    return ((start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
-
-
 def to_fp16(name: str, rows: NDArray[np.float32]) -> NDArray[np.float16]:
     """Weights that are not packed.
 
@@ -148,7 +143,7 @@ def _entries(name: str, weights: Weights, linear_only: bool) -> Iterator[_Entry]
     def blocks(encode: Callable[[QuantizedTensor], NDArray[Any]]) -> Callable[[], Iterator[NDArray[Any]]]:
         def read() -> Iterator[NDArray[Any]]:
             tensor = weights[name]
-            return (encode(tensor.rows(start, stop)) for start, stop in row_blocks(rows))  # type: ignore[union-attr]
+            return (encode(tensor.rows(start, stop)) for start, stop in row_blocks((rows, columns)))  # type: ignore[union-attr]
 
         return read
 

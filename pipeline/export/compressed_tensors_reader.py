@@ -17,9 +17,9 @@ from pipeline.export.compressed_tensors import (
     INDEX_FILE,
     UNPACKED_IN_LINEAR,
     WEIGHTS_FILE,
-    row_blocks,
     to_fp16,
 )
+from pipeline.export.gguf import row_blocks
 
 
 def require_same_compressed_tensors(folder: Path, weights: Weights, *, linear_only: bool) -> int:
@@ -34,13 +34,11 @@ def require_same_compressed_tensors(folder: Path, weights: Weights, *, linear_on
     from safetensors import SafetensorError
 
     try:
-        with _opened(folder) as files:
-            expected = {part for name in weights for part in _parts(name, weights[name], linear_only)}
-            if missing := sorted(expected ^ set(files)):
-                raise ExportError(f"{folder.name}: tensors differ: {', '.join(missing[:5])}")
-            for name in weights:
-                _require_same(folder.name, files, name, weights[name], linear_only)
-            return sum(_length_bytes(files[part].get_slice(part)) for part in files)
+        places = _places(folder)
+        expected = {part for name in weights for part in _parts(name, weights[name], linear_only)}
+        if missing := sorted(expected ^ set(places)):
+            raise ExportError(f"{folder.name}: tensors differ: {', '.join(missing[:5])}")
+        return sum(_compared_bytes(places, name, weights[name], linear_only) for name in weights)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ExportError(f"{folder}: cannot be read back ({error})") from error
 
@@ -57,17 +55,19 @@ def load_logits(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         return np.stack(list(model_logits(model, tokens)))
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, Any]]:
-    """The open file of each tensor."""
+def _places(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, as the files themselves say; the index must say the same."""
     from safetensors import safe_open
 
     index = folder / INDEX_FILE
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else None
-    with ExitStack() as stack:
-        names = sorted(set(places.values())) if places else [WEIGHTS_FILE]
-        files = {name: stack.enter_context(safe_open(folder / name, framework="pt")) for name in names}
-        yield {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else None
+    places: dict[str, Path] = {}
+    for path in sorted({folder / name for name in listed.values()}) if listed else [folder / WEIGHTS_FILE]:
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    if listed not in (None, {name: path.name for name, path in places.items()}):
+        raise ExportError(f"{index}: does not list what the files hold")
+    return places
 
 
 def _parts(name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool) -> list[str]:
@@ -76,17 +76,22 @@ def _parts(name: str, value: QuantizedTensor | NDArray[np.float32], linear_only:
     return [f"{name}_{part}" for part in ("packed", "scale", "shape")]
 
 
-def _require_same(
-    source: str, files: dict[str, Any], name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool
-) -> None:
+def _compared_bytes(
+    places: dict[str, Path], name: str, value: QuantizedTensor | NDArray[np.float32], linear_only: bool
+) -> int:
+    """Bytes of a weight that is the same in the file, which is mapped for it alone: pages that were read count."""
+    from safetensors import safe_open
+
     parts = _parts(name, value, linear_only)
-    shapes = [files[part].get_tensor(part).tolist() for part in parts[2:]]
-    same = shapes in ([], [list(value.shape)])
-    for start, stop in row_blocks(value.shape[0]):
-        found = [files[part].get_slice(part)[start:stop] for part in parts[:2]]
-        same = same and _same_rows(name, found, value, start, stop)
-    if not same:
-        raise ExportError(f"{source}: {name} differs from the stored codes")
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(places[part], framework="pt")) for part in parts]
+        slices = [file.get_slice(part) for file, part in zip(files, parts, strict=True)]
+        same = [part[:].tolist() for part in slices[2:]] in ([], [list(value.shape)])
+        for start, stop in row_blocks(value.shape):
+            same = same and _same_rows(name, [part[start:stop] for part in slices[:2]], value, start, stop)
+        if not same:
+            raise ExportError(f"{places[parts[0]].name}: {name} differs from the stored codes")
+        return sum(map(_length_bytes, slices))
 
 
 def _same_rows(

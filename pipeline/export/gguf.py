@@ -23,7 +23,7 @@ from pipeline.export.gguf_vocabulary import Vocabulary
 
 MODEL_FILE = "model.gguf"
 BLOCK_COLUMNS = 32  # of Q4_0 and Q8_0
-BLOCK_ROWS = 4096  # of a weight that are packed, or compared, at once
+_BLOCK_WEIGHTS = 1 << 20  # that are packed, or compared, at once: more than a cache holds is slower
 ROPE_FACTORS = "rope_freqs.weight"
 _ALIGNMENT_BYTES = 32
 _OUTER_NAMES = {EMBEDDING: "token_embd", FINAL_NORM: "output_norm", HEAD: "output"}
@@ -156,9 +156,10 @@ def encode_blocks(rows: QuantizedTensor) -> NDArray[np.uint8]:
     return encoded.reshape(count, -1)
 
 
-def row_blocks(count: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of rows that are worked on at once."""
-    return ((start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS))
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows of an (N, K) or (N,) array that are worked on at once."""
+    step = max(1, _BLOCK_WEIGHTS // (shape[1] if len(shape) > 1 else 1))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _ordered(weights: Weights) -> list[str]:
@@ -182,7 +183,7 @@ def _require_blocks(weight: str, value: QuantizedTensor) -> None:
 
 
 def _encoded_blocks(place: Place, value: QuantizedTensor | NDArray[np.float32]) -> Iterator[NDArray[Any]]:
-    for start, stop in row_blocks(place.shape[0]):
+    for start, stop in row_blocks(place.shape):
         rows = place.source_rows(start, stop)
         if isinstance(value, QuantizedTensor):
             scales = value.scales if len(value.scales) == 1 else value.scales[rows]

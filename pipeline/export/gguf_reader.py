@@ -49,7 +49,7 @@ def _require_same(path: Path, tensor: Any, place: Place, value: QuantizedTensor 
     if kind.name != place.kind or shape != place.shape:
         raise ExportError(f"{path.name}: {place.name} is {kind.name} {shape}, to be stored was {place.kind}")
     data = np.memmap(path, tensor.data.dtype, "r", int(tensor.data_offset), tensor.data.shape)
-    for start, stop in row_blocks(place.shape[0]):
+    for start, stop in row_blocks(place.shape):
         found, rows = np.asarray(data[start:stop]), place.source_rows(start, stop)
         if not isinstance(value, QuantizedTensor):
             same = np.array_equal(found.view(np.uint32), np.ascontiguousarray(value[rows]).view(np.uint32))

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderSpec
+from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, HEAD
 from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, load_weights, save_weights
-from pipeline.export.checkpoint import spec_of
 from pipeline.progress import progress
 from pipeline.quantization.calibration import (
     Decoder,
@@ -41,6 +40,7 @@ from pipeline.quantization.calibration import (
 from pipeline.quantization.gptq import quantize_with_hessian
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.scales import quantize_weighted
+from pipeline.quantization.source import Checkpoint
 
 Rounding = Literal["weighted_mse", "gptq"]
 _TIED_DAMPING = 1.0
@@ -54,52 +54,49 @@ class Calibration:
         rounding: ``gptq``, or ``weighted_mse``: the search for the least squared error, weighted with the mean square
             of each input.
         grids: Of every matrix, by name; a tied head has none of its own.
-        context_tokens: Sequences are cut to it, the longest that the exported files hold.
     """
 
     rounding: Rounding
     grids: Mapping[str, Grid]
-    context_tokens: int
 
 
 def quantize_calibrated(
-    student: Path,
+    source: Checkpoint,
     tokens: NDArray[np.int32],
     plan: Calibration,
     work: Path,
     label: str,
     *,
     device: torch.device | str = "cpu",
-) -> tuple[DecoderSpec, Mapping[str, Any]]:
+) -> Mapping[str, Any]:
     """Quantize a checkpoint.
 
     Args:
-        student: Its folder.
-        tokens: (S, T) of text that it may be fitted to.
+        source: Where weights are read.
+        tokens: (S, T) of text that it may be fitted to; cut to the longest sequence that the exported files hold.
         plan: How.
         work: A folder of this run alone; what it holds is continued.
         label: For people.
         device: Computes.
 
     Returns:
-        Sizes, and all weights by name, each mapped from ``work`` when it is asked for; matrices as ``QuantizedTensor``.
+        All weights by name, each mapped from ``work`` when it is asked for; matrices as ``QuantizedTensor``.
 
     Raises:
-        UserError: The checkpoint is not whole or not finite.
+        UserError: A weight is not finite.
         ExportError: A weight or its inputs cannot be quantized.
     """
-    decoder = Decoder.open(student, max(grid.group for grid in plan.grids.values()), device)
-    spec = spec_of(decoder.model, plan.context_tokens)
-    tokens = tokens[:, : plan.context_tokens]
+    decoder = Decoder.open(source, device)
+    tokens = tokens[:, : source.spec.context_tokens]
     work.mkdir(parents=True, exist_ok=True)
     parts = []
     with progress(label, decoder.num_layers + 2) as report:
         for done, (path, weights) in enumerate(_parts(decoder, tokens, plan, work), 1):
             if weights is not None:
-                _store(path, spec, weights)
+                _store(path, decoder, weights)
             report(done, path.stem)
             parts.append(load_weights(path)[1])
-    return spec, ChainMap(*parts)  # type: ignore[arg-type]  # of which nothing is written
+    return ChainMap(*parts)  # type: ignore[arg-type]  # of which nothing is written
 
 
 def _parts(
@@ -178,7 +175,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ExportError(f"{name}: {error}; the student cannot be quantized, distil it again") from error
+        raise ExportError(f"{name}: {error}; the student cannot be quantized, get the checkpoint again") from error
 
 
 def _quantized(value: QuantizedTensor | NDArray[np.float32]) -> QuantizedTensor:
@@ -187,7 +184,7 @@ def _quantized(value: QuantizedTensor | NDArray[np.float32]) -> QuantizedTensor:
     return value
 
 
-def _store(path: Path, spec: DecoderSpec, weights: LayerWeights) -> None:
+def _store(path: Path, decoder: Decoder, weights: LayerWeights) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_weights(partial, spec, weights)
+    save_weights(partial, decoder.source.spec, weights)
     os.replace(partial, path)

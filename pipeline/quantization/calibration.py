@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, module_name
-from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.int4 import QuantizedTensor
-from pipeline.distillation.checkpoint_files import read_config, require_finite, tensor_files
+from pipeline.distillation.checkpoint_files import read_config, require_finite
 from pipeline.quantization.gptq import accumulate_hessian, make_hessian
 from pipeline.quantization.scales import unpack
+from pipeline.quantization.source import Checkpoint
 
 STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of a layer in the order of the forward pass; those of one step have the same input."""
@@ -41,36 +40,27 @@ class Decoder:
     """A checkpoint on disk, and its modules without weights.
 
     Attributes:
+        source: Where each tensor is.
         model: On the meta device; its FFN is zero-padded to whole groups.
         rotary: Gives rotary cosines and sines, on the device.
-        files: Where each tensor is.
         device: Computes.
         dtype: That it computes in.
     """
 
+    source: Checkpoint
     model: Any
     rotary: nn.Module
-    files: Mapping[str, Path]
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, directory: Path, group: int, device: torch.device | str = "cpu") -> Decoder:
-        """Read a checkpoint's configuration and where its tensors are. It computes in bf16 on GPUs, else in fp32.
-
-        Raises:
-            UserError: It is no whole checkpoint of a supported architecture.
-        """
-        from transformers import AutoModelForCausalLM
-
-        config = copy.deepcopy(read_config(directory, "student"))
-        config.intermediate_size += -config.intermediate_size % group
+    def open(cls, source: Checkpoint, device: torch.device | str = "cpu") -> Decoder:
+        """Take an open checkpoint. It computes in bf16 on GPUs, else in fp32."""
         device = torch.device(device)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-        rotary = type(model.model.rotary_emb)(config=config).to(device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(model, rotary, tensor_files(directory, "student"), device, dtype)
+            model = _bare_model(source)
+        rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+        return cls(source, model, rotary, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
     @property
     def num_layers(self) -> int:
@@ -80,24 +70,29 @@ class Decoder:
     @property
     def tied(self) -> bool:
         """The head is the embedding."""
-        return self.model.lm_head.weight is self.model.model.embed_tokens.weight
+        return self.source.spec.tied_embeddings
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, the FFN's zero-padded, on the CPU.
 
         Raises:
-            UserError: It is missing or not finite.
+            UserError: It is not finite.
         """
         from safetensors import safe_open
 
-        if name not in self.files:
-            raise UserError("student", f"no tensor {name}", "a whole checkpoint", "distil it again")
-        with safe_open(self.files[name], framework="pt") as file:
+        place = self.source.tensors[name]
+        with safe_open(place.path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         require_finite(name, tensor)
-        wanted = self.model.get_parameter(name).shape
-        missing = [width for have, want in zip(tensor.shape, wanted, strict=True) for width in (want - have, 0)]
+        missing = [width for have, want in zip(place.stored, place.shape, strict=True) for width in (want - have, 0)]
         return nn.functional.pad(tensor, missing[::-1]) if any(missing) else tensor
+
+
+def load_model(source: Checkpoint, device: torch.device | str = "cpu") -> Any:
+    """The whole model in fp32, its FFN zero-padded to whole groups."""
+    decoder, model = Decoder.open(source), _bare_model(source)
+    model.load_state_dict({name: decoder.read(name).float() for name in source.tensors}, strict=False)
+    return model.to(device)
 
 
 @torch.no_grad()
@@ -167,6 +162,14 @@ def head_statistic(decoder: Decoder, hidden: list[torch.Tensor], *, whole_hessia
         _accumulate(found, norm(batch.to(decoder.device)))
     norm.to("meta")
     return found
+
+
+def _bare_model(source: Checkpoint) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(read_config(source.path))
+    config.intermediate_size, config.tie_word_embeddings = source.spec.intermediate_size, source.spec.tied_embeddings
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
 
 
 class _Seen(Exception):  # ends a forward pass of which no more is needed

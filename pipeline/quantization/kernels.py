@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 _LANES = 16
-_REFITS = 2
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 _TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away again, it rounds to the nearest integer, ties to even
 _SMALLEST_SCALE = np.float32(2.0**-14)  # the smallest normal fp16: runtimes may flush subnormals, and refuse zero
@@ -79,10 +78,6 @@ def choose_codes(
                     for lane in range(_LANES):
                         scale[lane] = start[lane] * factor
                     _to_fp16(scale)
-                    _measure(x, weights, low, high, scale, sums)
-                    _improve(scale, sums, best, least)
-                for _ in range(_REFITS):
-                    scale[:] = best
                     _measure(x, weights, low, high, scale, sums)
                     _improve(scale, sums, best, least)
             _store(x, low, high, best, row, rows, first, codes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ from pipeline.artifacts import StageRun, write_json
 from pipeline.export.assembly import LEGACY_FILE, WEIGHTS_FILE
 from pipeline.progress import progress
 from pipeline.quantization.allocation import grids_of
+from pipeline.quantization.chosen import choose_codes, needs_text
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.source import Checkpoint, open_checkpoint
-from pipeline.quantization.streaming import TensorFigures, quantize_checkpoint
+from pipeline.quantization.streaming import TensorFigures, quantize_checkpoint, stored_codes, write_weights
 
 _ONE_SCALE = Grid(bits=8, group=0, positive_scales=True)
 
@@ -24,10 +27,16 @@ def run(run: StageRun) -> None:
     student = run.layout.student(run.submodel)
     source = open_checkpoint(student, config.export.context_tokens, settings.group, f"student {run.submodel}")
     grids, sensitivity = grids_of(run, source)
-    figures = _write(run, source, grids, WEIGHTS_FILE)
+    training: dict[str, Any] = {}
+    if needs_text(settings):
+        codes, training = choose_codes(run, source, grids)
+        figures = _write_chosen(run, source, grids, codes)
+    else:
+        figures = _write(run, source, grids, WEIGHTS_FILE)
     if "tflite_legacy" in config.export.containers:
         _write(run, source, source.grids(_ONE_SCALE), LEGACY_FILE)
-    write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity)
+    write_json(run.layout.metrics("quantize", run.submodel), _metrics(run, source, figures) | sensitivity | training)
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
 
 
 def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str) -> dict[str, TensorFigures]:
@@ -37,6 +46,15 @@ def _write(run: StageRun, source: Checkpoint, grids: dict[str, Grid], file: str)
             source, grids, settings.rounding, run.output / file, run.checkpoint / file,
             workers=settings.workers, report=report,
         )  # fmt: skip
+
+
+def _write_chosen(
+    run: StageRun, source: Checkpoint, grids: dict[str, Grid], codes: Mapping[str, QuantizedTensor]
+) -> dict[str, TensorFigures]:
+    return write_weights(
+        source, grids, stored_codes(codes), run.output / WEIGHTS_FILE, run.checkpoint / WEIGHTS_FILE,
+        identity="chosen on text", workers=run.config.quantize.workers,
+    )  # fmt: skip
 
 
 def _metrics(run: StageRun, source: Checkpoint, figures: dict[str, TensorFigures]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from edge_runtime.backends.onnx import OnnxBackend
 from edge_runtime.formats.decoder import PROJECTIONS
 from edge_runtime.formats.errors import ExportError, UserError
 from edge_runtime.formats.int4 import QuantizedTensor
+from pipeline.artifacts import Layout, StageRun
 from pipeline.config import ConfigError, load_configs
 from pipeline.export.checkpoint import float_weights, spec_of
 from pipeline.export.lora_slots import LoraSlots
@@ -23,7 +24,16 @@ from pipeline.export.onnx_graph import write_onnx
 from pipeline.export.onnx_reader import read_onnx_weights
 from pipeline.export.parity import load_dequantized, require_same_weights
 from pipeline.plan import require_chain
-from pipeline.quantization.allocation import Sizes, choose_grids, curve_points, fill, sizes_of, spread, upgrade_order
+from pipeline.quantization.allocation import (
+    Sizes,
+    choose_grids,
+    curve_points,
+    fill,
+    grids_of,
+    sizes_of,
+    spread,
+    upgrade_order,
+)
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.rounding import pad_intermediate, quantize_tensor
 from pipeline.quantization.source import open_checkpoint
@@ -229,6 +239,50 @@ def test_a_ratio_that_no_codes_reach_is_refused_before_the_run() -> None:
     with pytest.raises(UserError, match=r"quantize.weight_ratio_max: got 0.282, allowed: at least 0.2830"):
         require_chain(load_configs(options))
     require_chain(load_configs([*options[:2], "quantize.weight_ratio_max=0.2831"]))
+
+
+def _run(folder: Path, model: Any, *overrides: str) -> StageRun:
+    """A quantize stage whose student is ``model``."""
+    layout = Layout(folder)
+    model.save_pretrained(layout.student("ci_tiny"))
+    layout.targets.mkdir(parents=True)
+    np.save(layout.targets / "train.npy", np.tile(TEXT, (3, 1)))
+    config = load_configs(["experiment=ci", "submodel=ci_tiny", "export.containers=[onnx]", *overrides])["ci_tiny"]
+    return StageRun(config, layout, folder / "output", folder / "checkpoint")
+
+
+MIXED = ("quantize.weight_ratio_max=0.42", "gate.onnx_weight_ratio_max=0.5")
+
+
+def test_a_stage_gets_grids_in_its_own_order_and_figures_where_it_asks(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    run = _run(tmp_path, model, *MIXED)
+    source = open_checkpoint(run.layout.student("ci_tiny"), 64, 32)
+    grids, figures = grids_of(run, source)
+    assert list(grids) == source.matrices and {grid.bits for grid in grids.values()} == {4, 8}
+    assert not any(grid.positive_scales for grid in grids.values()), "there is no TFLite file"
+    assert figures["sensitivity"]["chosen"]["weight_ratio"] <= 0.42 and figures["sensitivity"]["tokens"] == 18 * 16
+    untold = _run(tmp_path / "untold", model, "quantize.sensitivity_tokens=0")
+    assert grids_of(untold, source) == (source.grids(Grid(4, 32, False)), {})
+
+
+def test_equal_copies_of_embedding_and_head_are_measured_as_one(make_model: MakeModel, tmp_path: Path) -> None:
+    tied, copied = (make_model("llama", tie_word_embeddings=tied) for tied in (True, False))
+    copied.load_state_dict(tied.state_dict())
+    found = []
+    for name, model in (("tied", tied), ("copied", copied)):
+        run = _run(tmp_path / name, model)
+        found.append(grids_of(run, open_checkpoint(run.layout.student("ci_tiny"), 64, 32)))
+    assert found[0] == found[1] and "lm_head.weight" not in found[0][0]
+
+
+def test_engines_that_fuse_projections_get_equal_bits(make_model: MakeModel, tmp_path: Path) -> None:
+    run = _run(tmp_path, make_model("llama"), *MIXED, "export.containers=[onnx,safetensors_linear]")
+    grids, _ = grids_of(run, open_checkpoint(run.layout.student("ci_tiny"), 64, 32))
+    for layer in range(3):
+        for fused in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+            assert len({grids[f"model.layers.{layer}.{name}_proj.weight"].bits for name in fused}) == 1
+    assert {grid.bits for grid in grids.values()} == {4, 8}
 
 
 def _stored(floats: dict[str, Any], grids: dict[str, Grid]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ ONE = "submodel=tiny"
         ("quantize.rounding=gptq", "quantize.rounding: got 'gptq', allowed: 'rtn' or 'mse'"),
         ("export.containers=[]", "export.containers: got [], allowed: List should have at least 1 item"),
         ("export.containers=[onnx,onnx]", "export: containers must not repeat"),
+        ("export.containers=[gguf,safetensors]", "export: containers hold none that is run and measured; add one of"),
+        ("gate.containers=[gguf]", "gate.containers.0: got 'gguf', allowed: 'onnx', 'tflite' or 'tflite_legacy'"),
         ("export.prefill_tokens=256", "export: prefill_tokens must be below context_tokens"),
         ("quantize=int8", "export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out"),
         ("quantize.group=64", "quantize.group: tflite runs group 32; choose 32 or leave tflite out"),

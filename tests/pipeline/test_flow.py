@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -136,19 +137,30 @@ class TestExecute:
         layout.metrics("clean").unlink()
         assert why_run(STAGES["clean"], config, layout) == "no finished output"
 
+    @pytest.mark.parametrize(
+        ("failure", "shown", "words"),
+        [
+            (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+            (OSError(errno.ENOSPC, "No space"), UserError, r"^free disk: got 'none left at .*corpus', .*run it again"),
+            (OSError(errno.EDQUOT, "Quota"), UserError, "^free disk"),
+            (OSError(errno.EACCES, "Not yours"), PermissionError, "Not yours"),
+        ],
+        ids=["interrupted", "disk full", "quota", "another error"],
+    )
     def test_a_stage_that_fails_leaves_the_earlier_output(
-        self, ran: list[str], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, ran: list[str], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        failure: BaseException, shown: type[BaseException], words: str,
+    ) -> None:  # fmt: skip
         layout = Layout(tmp_path)
         execute(STAGES["clean"], config, layout)
         before = (layout.corpus / "result").read_bytes()
 
         def fails(run: StageRun) -> None:
             (run.output / "half").write_text("half")
-            raise KeyboardInterrupt
+            raise failure
 
         monkeypatch.setattr(flow, "import_module", lambda _name: type("Module", (), {"run": staticmethod(fails)}))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(shown, match=words):
             execute(STAGES["clean"], config, layout, force=True)
         assert [(path.name, path.read_bytes()) for path in layout.corpus.iterdir()] == [("result", before)]
 

@@ -58,6 +58,7 @@ def test_needs_of_the_demo_are_positive_and_what_a_machine_can_have(demo: dict[s
         ("runtime.evaluation_sequences=480", ["targets", "distill", "evaluate"]),
         ("runtime.task_tokens=327680", ["evaluate"]),
         ("quantize.rounding=rtn", []),
+        ("quantize.sensitivity_tokens=8192", ["quantize"]),
         ("export.train_buckets=[64,128,256]", ["export", "package", "register"]),
     ],
 )

@@ -90,6 +90,20 @@ def test_table_fits_92_columns_and_loses_nothing_when_narrower(family: dict[str,
     assert "…" not in rendered(family, 60)
 
 
+def test_files_that_are_not_run_stand_in_the_table_and_not_in_the_picture(
+    family: dict[str, Any], tmp_path: Path
+) -> None:
+    measured = family["submodels"]["small"]["packages"]["onnx"]
+    files = {"file_bytes": 9_000, "weight_bytes": 8_000}  # the smallest, had it been measured
+    family["submodels"]["small"]["packages"]["gguf"] = {**dict.fromkeys(measured), **files}
+    assert re.search(r"gguf +0\.01 +0\.1 +– +– +– +–", rendered(family, 92))
+    write_page(family, tmp_path / "index.html")
+    page = Page(tmp_path / "index.html")
+    assert "6" in page.texts and not any(
+        text.startswith(("small gguf: ", "smallest: small gguf")) for text in page.texts
+    )
+
+
 def test_a_figure_that_was_not_measured_stays_visible(family: dict[str, Any], tmp_path: Path) -> None:
     del family["submodels"]["small"]["packages"]["onnx"]["perplexity"]
     family["submodels"]["small"]["packages"]["tflite"]["tokens_per_s"] = None

@@ -125,6 +125,16 @@ def test_the_search_is_better_than_refitting_twenty_four_scales_one_by_one(
     assert relative_error(weight, found) * (weight.astype(np.float64) ** 2).sum() < best.sum() * 1.0005
 
 
+def test_the_search_turns_the_sign_of_a_scale_where_that_is_better() -> None:
+    weight = np.random.default_rng(19).normal(0, 1, (300, 32)).astype(np.float32)
+    options: dict[str, Any] = {"bits": 4, "group": 32, "positive_scales": False}
+    found, nearest = (quantize_tensor(weight, rounding=rounding, **options) for rounding in ("mse", "rtn"))
+    turned = (found.scales * nearest.scales < 0)[:, 0]
+    assert 0.05 < turned.mean() < 0.5
+    errors = [((weight - dequantize(tensor)) ** 2).sum(1)[turned] for tensor in (found, nearest)]
+    assert errors[0].sum() < 0.9 * errors[1].sum()
+
+
 class TestImportance:
     def test_columns_of_equal_importance_are_no_different_from_none_given(self) -> None:
         weight = _weights(50, 96, seed=14)

@@ -74,6 +74,7 @@ def test_every_package_is_a_flat_run_with_the_figures_of_the_family(
     family: dict[str, Any], register: Register, client: Any
 ) -> None:
     family["submodels"]["small"]["packages"]["onnx"]["perplexity"] = 33.25
+    family["submodels"]["small"]["packages"]["gguf"] = {"file_bytes": 9, "perplexity": None}  # not run: no run
     result = register(family)
     runs = {run.info.run_name: run for run in client.search_runs([result.experiment_id])}
     assert set(runs) == {f"{name} {c}" for name in ("large", "small") for c in ("onnx", "tflite", "tflite_legacy")}
