@@ -88,19 +88,19 @@ def test_chance_is_that_of_the_choices_or_of_the_commonest_answer() -> None:
 
 
 def test_tasks_of_several_sources_are_answered_in_one_pass(model: Any, sequences: tuple[np.ndarray, ...]) -> None:
-    def questions(name: str, exact: bool) -> Questions:
-        items = [
-            Item("a", tuple(Probe(number, 2, (token,)) for token in ((7,) if exact else (7, 8, 9))))
-            for number in range(len(sequences))
-        ]
-        return Questions(sequences, (make_task(name, items, exact=exact),))
+    def questions(name: str, texts: tuple[np.ndarray, ...], exact: bool) -> Questions:
+        tokens = (7,) if exact else tuple(range(7, 40))
+        items = [Item("a", tuple(Probe(number, 2, (token,)) for token in tokens)) for number in range(len(texts))]
+        return Questions(texts, (make_task(name, items, exact=exact),))
 
-    one, other = questions("one", False), questions("other", True)
-    both = join_questions(one, other)
+    one, other = questions("one", sequences, False), questions("other", sequences[::-1], False)
+    third = questions("third", sequences[2:], True)
+    both = join_questions(join_questions(one, other), third)
     found = answer(both, TorchReader(model).rows(both.sequences))
-    for single in (one, other):
+    assert not np.array_equal(found["one"].said, found["other"].said)
+    for single in (one, other, third):
         (name,) = (task.name for task in single.tasks)
-        alone = answer(single, TorchReader(model).rows(sequences))[name]
+        alone = answer(single, TorchReader(model).rows(single.sequences))[name]
         assert np.array_equal(found[name].said, alone.said) and np.array_equal(found[name].correct, alone.correct)
 
 
