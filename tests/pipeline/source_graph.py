@@ -109,7 +109,8 @@ def _aliases(node: ast.FunctionDef, roots: dict[str, tuple[str, ...]]) -> set[as
         target, value = assign.targets[0], assign.value
         pairs = [(target, value)]
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-            pairs = list(zip(target.elts, value.elts, strict=True))
+            starred = any(isinstance(side, ast.Starred) for side in (*target.elts, *value.elts))
+            pairs = [] if starred else list(zip(target.elts, value.elts, strict=True))
         for left, right in pairs:
             if isinstance(left, ast.Name) and (chain := _chain(right, roots)) is not None:
                 roots[left.id] = chain

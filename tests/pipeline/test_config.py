@@ -38,7 +38,7 @@ ONE = "submodel=tiny"
         ("seed=-1", "seed: got -1, allowed: greater than or equal to 0"),
         ("distill.draws=65", "distill.draws: got 65, allowed: less than or equal to 64"),
         ("distill.steps=many", "distill.steps: got 'many', allowed: a valid integer,"),
-        ("quantize.rounding=gptq", "quantize.rounding: got 'gptq', allowed: 'rtn' or 'mse'"),
+        ("quantize.rounding=awq", "quantize.rounding: got 'awq', allowed: 'rtn', 'mse', 'weighted_mse' or 'gptq'"),
         ("export.containers=[]", "export.containers: got [], allowed: List should have at least 1 item"),
         ("export.containers=[onnx,onnx]", "export: containers must not repeat"),
         ("export.containers=[gguf,safetensors]", "export: containers hold none that is run and measured; add one of"),
