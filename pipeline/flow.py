@@ -78,9 +78,6 @@ _TRAINING = tuple(
         "sharding",
     )
 )
-_TRAINING_IN_CODES = tuple(
-    f"distill.{key}" for key in ("precision", "checkpoint_every_steps", "chunk_tokens", "micro_sequences", "compile")
-)
 _SIGNAL = tuple(
     f"distill.{key}"
     for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
@@ -117,7 +114,7 @@ STAGES = {
         ),
         Stage(
             "quantize",
-            ("quantize", "export", *_TRAINING_IN_CODES, "seed", "threads"),
+            ("quantize", "export", *_TRAINING, "seed", "threads"),
             ("pipeline/quantization", "pipeline/export", *_MODELS),
             ("targets", "distill"),
             "artifacts/weights/{}",
