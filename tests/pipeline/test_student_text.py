@@ -201,6 +201,7 @@ def test_without_a_divergence_the_gate_compares_perplexities(
     result = {
         "packages": {"onnx": figures}, "fp16_weight_bytes": 100, "perplexity_fp": 20.0, "kl_to_teacher": kl,
         "kl_to_teacher_from_scratch": scratch_kl, "perplexity_from_scratch": perplexity_scratch,
+        "recovery": {"tasks": {"cloze": {"containers": {"onnx": {"verdict": "passed"}}}}},
     }  # fmt: skip
     gate = configured(gate={"beats_from_scratch": True}).gate
     assert gate_reasons(result, gate) == ([] if reason is None else [reason])
