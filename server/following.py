@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_runtime.formats.errors import ConfigError, UserError
 from edge_runtime.formats.files import write_atomically
-from edge_runtime.formats.manifest import Manifest
+from edge_runtime.formats.manifest import FOREIGN_CONTAINERS, Manifest
 from server.config import FederationConfig
 from server.home import Home
 from server.ledger import LEDGER_FILE, read_records
@@ -116,6 +116,8 @@ def check_package(config: FederationConfig, manifest: Manifest) -> list[str]:
             )
         )  # fmt: skip
     for name, container in manifest.containers.items():
+        if name in FOREIGN_CONTAINERS:
+            continue
         missing = sorted(set(config.adapter.targets) - set(container.adapters.targets))
         largest = container.adapters.max_rank
         if missing:

@@ -32,6 +32,7 @@ MAX_RANK = 1024
 
 # Arrays, graphs, JSON and text. `.bin` holds the raw arrays of an ONNX graph; nothing here unpickles.
 SUFFIXES = (".bin", ".gguf", ".jinja", ".json", ".md", ".onnx", ".safetensors", ".tflite", ".txt")
+FOREIGN_CONTAINERS = ("gguf", "safetensors", "safetensors_linear")  # files for other runtimes: carried, never opened
 # Names that Windows and FAT cards read as devices.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
