@@ -3,7 +3,7 @@
 Each peer runs in an environment of its own, is given the checkpoint and training text, and hands back what its weights
 mean. Two scopes: ``projections`` leaves the embedding in fp16, as most peers do; ``all`` counts every matrix as the
 peer stores it. Bits are those of codes, scales and zero points, of the weights that are quantized; the last but one
-column counts everything. GPTQ and QAD of several seeds: quantization_quality.py, on the same text.
+column counts everything. Ours are those of quantization_quality.py, which has several seeds of them.
 
     python -m venv PEERS/hqq; PEERS/hqq/bin/pip install hqq==0.2.8.post1 torch==2.13.0 transformers==5.23.0
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,9 @@ from safetensors import safe_open
 
 from benchmarks.machine import heading
 from benchmarks.quantization_evaluation import evaluate_weights, held_out_tokens, training_tokens
+from benchmarks.quantization_quality import SIGNS, Trial, add_method_options, codes_of
 from pipeline.artifacts import PROJECT
-from pipeline.quantization.calibrated import Calibration, quantize_calibrated
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.rounding import quantize_tensor
 from pipeline.quantization.source import Checkpoint, open_checkpoint
 
 # The environment of each peer and what is installed there; None: llama.cpp's programs, and gguf from here.
@@ -49,7 +49,8 @@ PEERS = (
     "llama.cpp-q4_0-pure", "llama.cpp-q4_0-pure-imatrix", "llama.cpp-q4_0", "llama.cpp-q4_0-imatrix",
     "llama.cpp-q4_k_s", "llama.cpp-q4_k_s-imatrix",
 )  # fmt: skip
-OURS = ("rtn", "mse", "gptq")
+OURS = ("rtn", "mse", "gptq", "qad")
+_TRAINING_SEQUENCES = 8192  # what there is, for QAD; the others calibrate on some of it
 _EMBEDDING = "model.embed_tokens.weight"
 
 Found = tuple[Mapping[str, Any], float]  # weights by name, and the bits that all of them take
@@ -64,15 +65,16 @@ def main() -> int:
         print(f"no corpus in {corpus}; type make demo first", file=sys.stderr)
         return 2
     held_out = held_out_tokens(options.tokenizer, corpus, options.held_out_sequences)
-    training = training_tokens(options.tokenizer, corpus, options.calibration_sequences)
+    training = training_tokens(options.tokenizer, corpus, _TRAINING_SEQUENCES)
     print(heading("quantizers at 4 bits, KL to the fp model on held-out text"))
     start_s = time.perf_counter()
     for model in options.checkpoints:
         source = open_checkpoint(model, held_out.shape[1], 32)
+        trial = Trial(model, source, training, held_out, options)
         print(f"\n{model.name}: {source.params / 1e6:.1f} M parameters; {held_out.size:,} held-out tokens\n")
         print("| method | scope | KL | first choices, % | perplexity | bits a quantized weight | bits a weight | s |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        for method, found in _methods(options, model, source, training, start_s):
+        for method, found in _methods(options, trial, training[: options.calibration_sequences], start_s):
             for scope, weights, bits, took_s in found:
                 _print_row(model, source, held_out, (method, scope), weights, bits, took_s)
     return 0
@@ -88,7 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, default=PROJECT / "artifacts" / "corpus")
     parser.add_argument("--methods", nargs="+", choices=(*OURS, *PEERS), default=[*OURS, *PEERS])
     parser.add_argument("--held-out-sequences", type=int, default=128)
-    parser.add_argument("--calibration-sequences", type=int, default=128)
+    add_method_options(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=1e9, help="no method is begun after it")
     return parser.parse_args()
@@ -98,7 +100,7 @@ Rows = list[tuple[str, Mapping[str, Any], float, float]]
 
 
 def _methods(
-    options: argparse.Namespace, model: Path, source: Checkpoint, training: NDArray[np.int32], start_s: float
+    options: argparse.Namespace, trial: Trial, training: NDArray[np.int32], start_s: float
 ) -> Iterator[tuple[str, Rows]]:
     for method in options.methods:
         if time.perf_counter() - start_s > options.limit_s:
@@ -106,7 +108,7 @@ def _methods(
             return
         begun_s = time.perf_counter()
         if method in OURS:
-            yield from _ours(model, source, training, method)
+            yield from _ours(options, trial, method)
             continue
         command = _command(options, method)
         if command is None:
@@ -114,7 +116,14 @@ def _methods(
             continue
         with tempfile.TemporaryDirectory() as folder:
             np.save(f"{folder}/tokens.npy", training)
-            line = [*command[:2], method, str(model), f"{folder}/tokens.npy", f"{folder}/out.safetensors", *command[2:]]
+            line = [
+                *command[:2],
+                method,
+                str(trial.directory),
+                f"{folder}/tokens.npy",
+                f"{folder}/out.safetensors",
+                *command[2:],
+            ]
             done = subprocess.run(line, capture_output=True, text=True, check=False)
             took_s = time.perf_counter() - begun_s
             if done.returncode:
@@ -126,24 +135,19 @@ def _methods(
             yield method, _scopes(*_read(Path(folder) / "out.safetensors"), took_s)
 
 
-def _ours(model: Path, source: Checkpoint, training: NDArray[np.int32], method: str) -> Iterator[tuple[str, Rows]]:
-    """Signed scales, as the peers' are, and positive ones, which ship where a TFLite file is made."""
-    for positive in (False, True):
-        begun_s, grids = time.perf_counter(), source.grids(Grid(4, 32, positive))
-        with tempfile.TemporaryDirectory() as folder:
-            if method == "gptq":
-                plan = Calibration("gptq", grids, training.shape[1])
-                _, stored = quantize_calibrated(model, training, plan, Path(folder) / "work", "")
-                codes = {name: stored[name] for name in grids}
-            else:
-                state = _state(model)
-                codes = {
-                    name: quantize_tensor(state[name], bits=4, group=32, rounding=method, positive_scales=positive)
-                    for name in grids
-                }
+def _ours(options: argparse.Namespace, trial: Trial, method: str) -> Iterator[tuple[str, Rows]]:
+    """Signed scales, as the peers' are, and positive ones, which ship where a TFLite file is made.
+
+    What is trained is trained for its scope: with the embedding in floats, and with everything in codes.
+    """
+    for sign, positive in SIGNS.items():
+        for float_embedding in (True, False) if method == "qad" else (False,):
+            begun_s, settings = time.perf_counter(), {**vars(options), "float_embedding": float_embedding}
+            asked = replace(trial, options=argparse.Namespace(**settings))
+            codes = codes_of(asked, Grid(4, 32, positive), method, seed=0)
             bits = {name: 8.0 * tensor.weight_bytes for name, tensor in codes.items()}
-            name = f"ours {method}, {'positive' if positive else 'signed'}"
-            yield name, _scopes(codes, bits, time.perf_counter() - begun_s)
+            rows = _scopes(codes, bits, time.perf_counter() - begun_s)
+            yield f"ours {method}, {sign}", rows[-1:] if method == "qad" else rows
 
 
 def _scopes(weights: Mapping[str, Any], bits: Mapping[str, float], took_s: float) -> Rows:
@@ -182,12 +186,6 @@ def _read(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, float]]
     with safe_open(path, framework="numpy") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         return weights, json.loads(file.metadata()["bits"])
-
-
-def _state(model: Path) -> dict[str, NDArray[np.float32]]:
-    from pipeline.export.checkpoint import float_weights, load_student
-
-    return float_weights(load_student(model))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from edge_runtime.formats.decoder import EMBEDDING
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.distillation.batches import Sequences
 from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.hidden_losses import hidden_term
 from pipeline.distillation.objectives import LossSettings, signal_objective
 from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
@@ -77,6 +78,31 @@ def main() -> int:
     return 0
 
 
+def codes_of(trial: Trial, grid: Grid, method: str, seed: int) -> Codes:
+    """Codes of every matrix by one of ``METHODS``; the seed chooses calibration text and order."""
+    grids, device = trial.source.grids(grid), trial.options.device
+    if method in _FIXED:
+        quantize: Callable[[torch.Tensor], QuantizedTensor] = _rtn(grid) if method == "rtn" else _mse(grid)
+        return {name: quantize(weight.to(device)) for name, weight in _matrices(trial.source)}
+    rows = np.random.default_rng(seed).permutation(len(trial.train))[: trial.options.calibration_sequences]
+    with tempfile.TemporaryDirectory() as work:
+        plan = Calibration("weighted_mse" if method == "weighted_mse" else "gptq", grids)
+        found = quantize_calibrated(trial.source, trial.train[rows], plan, Path(work), "quantize", device=device)
+        codes = {name: _copied(found[name]) for name in grids}
+        return _distilled(trial, codes, grids, seed, Path(work)) if method == "qad" else codes
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """How ``codes_of`` calibrates and distils."""
+    parser.add_argument("--calibration-sequences", type=int, default=128)
+    parser.add_argument("--qad-steps", type=int, default=200)
+    parser.add_argument("--qad-batch-sequences", type=int, default=64)
+    parser.add_argument("--qad-learning-rate", type=float, default=0.005)
+    parser.add_argument("--qad-hidden-weight", type=float, default=30.0, help="of every layer's hidden states")
+    parser.add_argument("--bf16", action="store_true", help="QAD multiplies in bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="*", default=[Path("assets/reference_teacher")])
@@ -89,12 +115,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out-sequences", type=int, default=128)
     parser.add_argument("--sequence-tokens", type=int, default=256)
-    parser.add_argument("--calibration-sequences", type=int, default=128)
-    parser.add_argument("--qad-steps", type=int, default=200)
-    parser.add_argument("--qad-batch-sequences", type=int, default=16)
-    parser.add_argument("--qad-learning-rate", type=float, default=0.02)
-    parser.add_argument("--bf16", action="store_true", help="QAD multiplies in bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_method_options(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-s", type=float, default=1e9, help="no row is begun after it")
     return parser.parse_args()
@@ -105,7 +126,7 @@ def _prepare(directory: Path, options: argparse.Namespace) -> Trial:
     source = open_checkpoint(directory, length, options.group)
     wanted = max(options.calibration_sequences, options.qad_steps * options.qad_batch_sequences) * 2
     return Trial(
-        directory, source, training_tokens(options.tokenizer, options.corpus, min(wanted, 4096), length),
+        directory, source, training_tokens(options.tokenizer, options.corpus, min(wanted, 8192), length),
         held_out_tokens(options.tokenizer, options.corpus, options.held_out_sequences, length), options,
     )  # fmt: skip
 
@@ -131,23 +152,10 @@ def _print_row(trial: Trial, sign: str, method: str, reference: float | None) ->
 
 
 def _figures(trial: Trial, sign: str, method: str, seed: int) -> Figures:
-    codes = _codes(trial, Grid(4, trial.options.group, SIGNS[sign]), method, seed)
+    codes = codes_of(trial, Grid(4, trial.options.group, SIGNS[sign]), method, seed)
     if trial.options.float_embedding:
         codes = {name: tensor for name, tensor in codes.items() if not name.startswith(EMBEDDING)}
     return evaluate_weights(trial.directory, codes, trial.held_out, device=trial.options.device)
-
-
-def _codes(trial: Trial, grid: Grid, method: str, seed: int) -> Codes:
-    grids, device = trial.source.grids(grid), trial.options.device
-    if method in _FIXED:
-        quantize: Callable[[torch.Tensor], QuantizedTensor] = _rtn(grid) if method == "rtn" else _mse(grid)
-        return {name: quantize(weight.to(device)) for name, weight in _matrices(trial.source)}
-    rows = np.random.default_rng(seed).permutation(len(trial.train))[: trial.options.calibration_sequences]
-    with tempfile.TemporaryDirectory() as work:
-        plan = Calibration("weighted_mse" if method == "weighted_mse" else "gptq", grids)
-        found = quantize_calibrated(trial.source, trial.train[rows], plan, Path(work), "quantize", device=device)
-        codes = {name: _copied(found[name]) for name in grids}
-        return _distilled(trial, codes, grids, seed, Path(work)) if method == "qad" else codes
 
 
 def _distilled(trial: Trial, codes: Codes, grids: Mapping[str, Grid], seed: int, work: Path) -> Codes:
@@ -159,8 +167,11 @@ def _distilled(trial: Trial, codes: Codes, grids: Mapping[str, Grid], seed: int,
         bf16=options.bf16, seed=seed, checkpoint_every_steps=10**9,
     )  # fmt: skip
     student = QuantizedStudent(load_model(trial.source, options.device), codes, grids)
-    teacher = OnlineSource.open(load_model(trial.source, options.device), options.bf16)
-    objective = quantized_objective(signal_objective(teacher, LossSettings(LossKind.FORWARD_KL)))
+    teacher = load_model(trial.source, options.device)
+    weight, layers = options.qad_hidden_weight, trial.source.spec.num_layers
+    hidden = hidden_term(student.student, teacher, weight, layers) if weight else None
+    signal = OnlineSource.open(teacher, options.bf16)
+    objective = quantized_objective(signal_objective(signal, LossSettings(LossKind.FORWARD_KL), hidden))
     train(student, objective, Sequences(trial.train), plan, work / "qad", "QAD")
     return trained_codes(student)
 
