@@ -234,6 +234,7 @@ class QuantizeConfig(_Strict):
     qad_steps: Annotated[int, Field(ge=0)]
     qad_batch_sequences: Count
     qad_learning_rate: Rate
+    qad_hidden_weight: Annotated[float, Field(ge=0, le=1000)]
     sensitivity_tokens: Annotated[int, Field(ge=0, le=65_536)]
     weight_ratio_max: Annotated[float, Field(gt=0.25, lt=0.6)] | None
 

@@ -83,6 +83,7 @@ def _distilled(
     """Train codes towards the fp student, which runs beside them."""
     from pipeline.distillation.divergences import LossKind
     from pipeline.distillation.from_config import train_plan, training_device
+    from pipeline.distillation.hidden_losses import hidden_term
     from pipeline.distillation.objectives import LossSettings, signal_objective
     from pipeline.distillation.signals import OnlineSource
     from pipeline.distillation.trainer import train
@@ -93,11 +94,13 @@ def _distilled(
     plan = train_plan(config, settings.qad_steps, settings.qad_batch_sequences, settings.qad_learning_rate)
     plan = replace(plan, weight_decay=0.0, warmup_ratio=_WARMUP_RATIO, bf16_weights=False, recompute=False)
     model = QuantizedStudent(load_model(source, training_device()), codes, grids)
-    teacher = OnlineSource.open(load_model(source, training_device()), plan.bf16)
+    teacher, weight = load_model(source, training_device()), settings.qad_hidden_weight
+    hidden = hidden_term(model.student, teacher, weight, source.spec.num_layers) if weight else None
+    signal = OnlineSource.open(teacher, plan.bf16)
     loss = LossSettings(LossKind.FORWARD_KL, chunk_tokens=config.distill.chunk_tokens)
     label = f"quantize {run.submodel}, QAD"
     history = train(
-        model, quantized_objective(signal_objective(teacher, loss)), sequences, plan, run.checkpoint / "qad", label,
-        identity=settings.rounding, observe=run.watch(label),
+        model, quantized_objective(signal_objective(signal, loss, hidden)), sequences, plan, run.checkpoint / "qad",
+        label, identity=f"{settings.rounding} {weight}", observe=run.watch(label),
     )  # fmt: skip
     return trained_codes(model), {"qad_history": history}

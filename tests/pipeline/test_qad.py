@@ -15,6 +15,7 @@ from edge_runtime.formats.int4 import QuantizedTensor, dequantize
 from pipeline.distillation import trainer
 from pipeline.distillation.batches import Batch, LossSum, Sequences
 from pipeline.distillation.divergences import LossKind
+from pipeline.distillation.hidden_losses import hidden_term
 from pipeline.distillation.objectives import LossSettings, hidden_and_head, signal_objective
 from pipeline.distillation.signals import OnlineSource
 from pipeline.distillation.trainer import TrainPlan, train
@@ -38,9 +39,10 @@ def _student(model: Any, grid: Grid) -> QuantizedStudent:
     return QuantizedStudent(model, codes, dict.fromkeys(codes, grid))
 
 
-def _train(student: QuantizedStudent, teacher: Any, folder: Path, plan: TrainPlan = PLAN) -> Any:
+def _train(student: QuantizedStudent, teacher: Any, folder: Path, plan: TrainPlan = PLAN, hidden: float = 0.0) -> Any:
     source = OnlineSource.open(teacher, bf16=False)
-    objective = quantized_objective(signal_objective(source, LossSettings(LossKind.FORWARD_KL)))
+    term = hidden_term(student.student, teacher, hidden, len(teacher.model.layers)) if hidden else None
+    objective = quantized_objective(signal_objective(source, LossSettings(LossKind.FORWARD_KL), term))
     return train(student, objective, Sequences(TOKENS), plan, folder, "test")
 
 
@@ -107,6 +109,27 @@ def test_training_brings_it_nearer_to_its_float_self(make_model: MakeModel, tmp_
     _train(student, teacher, tmp_path)
     assert _divergence(teacher, trained_codes(student)) < 0.75 * before
     assert all((student.student.get_parameter(name) == value).all() for name, value in frozen.items())
+
+
+def test_hidden_states_of_the_dequantized_model_count_with_their_weight(make_model: MakeModel, tmp_path: Path) -> None:
+    """The first step's loss of all sequences, against transformers' own ``hidden_states``: 2 (1 - cosine) a layer."""
+    teacher, plan = (
+        make_model(tie_word_embeddings=True, num_hidden_layers=3),
+        replace(PLAN, steps=1, batch_sequences=12),
+    )
+    student, ids = _student(teacher, Grid(4, 32, True)), torch.from_numpy(TOKENS.astype(np.int64))
+    found = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for name, value in fake_quantized(student).items():
+            found.get_parameter(name).copy_(value)
+        ours, theirs = (model(ids, output_hidden_states=True).hidden_states[1:] for model in (found, teacher))
+    cosines = [torch.cosine_similarity(*states, dim=-1).double().mean() for states in zip(ours, theirs, strict=True)]
+    expected = 2 * (1 - float(np.mean(cosines)))
+    losses = [
+        _train(_student(teacher, Grid(4, 32, True)), teacher, tmp_path / str(weight), plan, weight)[0]["loss"]
+        for weight in (0.0, 10.0)
+    ]
+    assert losses[1] - losses[0] == pytest.approx(10 * expected, rel=1e-4)
 
 
 def test_gradients_pass_rounding_and_stop_where_codes_end() -> None:
