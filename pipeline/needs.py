@@ -114,8 +114,8 @@ def package_bytes(sizes: ModelSizes, config: Config) -> float:
     total = sum(sizes.params if name == "tflite_legacy" else codes for name in containers)
     if "safetensors" in containers:  # scales in fp32
         total += 2 * sizes.params / config.quantize.group
-    if "safetensors_linear" in containers:  # embedding and head in fp16
-        total += sizes.embedding_params * (2 - config.quantize.bits / 8)
+    if "safetensors_linear" in containers:  # embedding and head in fp32
+        total += sizes.embedding_params * (4 - config.quantize.bits / 8 - 2 / config.quantize.group)
     tokenizers = 1 + len(export.containers) - len(export.run_containers)
     return total + _graph_bytes(sizes, config) + tokenizers * _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
 

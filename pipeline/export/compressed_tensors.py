@@ -1,10 +1,11 @@
 """compressed-tensors: a folder that transformers and vLLM load, made of the stored codes bit for bit.
 
 ``pack-quantized`` holds eight 4-bit codes, or four 8-bit ones, an int32 of the row. Two variants: with embedding and
-head packed too, and with both in fp16 for engines that pack linear layers only. transformers 5.23 decides two things.
-Packed embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in the scales'
-type then, so they are stored as float32 to stay exact, and it reads one grid for all. Linear layers alone are unpacked
-at the first pass in the model's type: fp16 scales stay exact, and grids may be mixed.
+head packed too, and with both as code * scale for engines that pack linear layers only: in float32, since fp16 lacks
+bits for the product and engines that know no packed head read garbage. transformers 5.23 decides two things. Packed
+embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in the scales' type
+then whatever the model's is, so they are stored as float32 to stay exact, and it reads one grid for all. Linear layers
+alone are unpacked at the first pass in the model's type: fp16 scales stay exact, and grids may be mixed.
 Layout: https://github.com/vllm-project/compressed-tensors, compressors/pack_quantized.
 """
 
@@ -50,7 +51,7 @@ def write_compressed_tensors(
         spec: Sizes of ``weights``.
         weights: Codes and scales by Hugging Face name, possibly mapped from a file.
         config: The model's config.json.
-        linear_only: Embedding and head in fp16.
+        linear_only: Embedding and head in float32, not packed.
         shard_bytes: Most bytes of tensors in one file.
 
     Raises:
@@ -105,19 +106,6 @@ def pack_int32(rows: QuantizedTensor) -> NDArray[np.int32]:
     return np.ascontiguousarray(packed).view("<i4")
 
 
-def to_fp16(name: str, rows: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Weights that are not packed.
-
-    Raises:
-        ExportError: fp16 cannot hold one.
-    """
-    with np.errstate(over="ignore"):
-        rounded = rows.astype(np.float16)
-    if not np.isfinite(rounded).all():
-        raise ExportError(f"{name}: a weight exceeds fp16; leave safetensors_linear out of export.containers")
-    return rounded
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """A tensor of the file; ``blocks`` gives its rows."""
@@ -148,7 +136,7 @@ def _entries(name: str, weights: Weights, linear_only: bool) -> Iterator[_Entry]
         return read
 
     if linear_only and name in UNPACKED_IN_LINEAR:
-        yield _Entry(name, "F16", (rows, columns), blocks(lambda part: to_fp16(name, dequantize(part)).astype("<f2")))
+        yield _Entry(name, "F32", (rows, columns), blocks(lambda part: dequantize(part).astype("<f4")))
         return
     _require_groups(name, value)
     module = name.removesuffix(".weight")
