@@ -43,14 +43,20 @@ GRID = Grid(bits=4, group=32, positive_scales=True)
 TEXT = np.random.default_rng(1).integers(0, VOCABULARY, (6, 16)).astype(np.int32)
 
 
-def _sizes(model: Any) -> Sizes:
+def _sizes(model: Any, grid: Grid = GRID) -> Sizes:
+    return _opened(model, grid)[0]
+
+
+def _opened(model: Any, grid: Grid) -> tuple[Sizes, dict[str, Grid]]:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return sizes_of(open_checkpoint(Path(folder), 64, GRID.group), GRID)
+        source = open_checkpoint(Path(folder), 64, grid.group)
+        return sizes_of(source, source.grids(grid)), source.grids(grid)
 
 
-def _choose(model: Any, ratio: float | None = None, text: Any = TEXT) -> tuple[dict[str, Grid], Any]:
-    return choose_grids(model, _sizes(model), text, GRID, rounding="mse", weight_ratio_max=ratio, together=False)
+def _choose(model: Any, ratio: float | None = None, text: Any = TEXT, grid: Grid = GRID) -> tuple[dict[str, Grid], Any]:
+    sizes, grids = _opened(model, grid)
+    return choose_grids(model, sizes, text, grids, rounding="mse", weight_ratio_max=ratio, together=False)
 
 
 @pytest.mark.parametrize("seed", range(30))
