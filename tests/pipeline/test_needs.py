@@ -17,6 +17,7 @@ from pipeline.export.compressed_tensors_reader import require_same_compressed_te
 from pipeline.flow import STAGES, planned
 from pipeline.needs import Needs, estimate, package_bytes, stored_bytes_a_position
 from pipeline.plan import require_chain
+from pipeline.quantization.grid import fitting_group
 from pipeline.quantization.rounding import quantize_tensor
 from pipeline.settings import Config
 from pipeline.sizes import QWEN_7B, ModelSizes
@@ -182,22 +183,24 @@ def _values(needs: Needs) -> list[float]:
 
 @pytest.mark.parametrize("container", ["safetensors", "safetensors_linear"])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("group", "hidden", "ffn"), [(32, 64, 96), (128, 192, 160)])
 def test_the_plan_knows_what_floats_take_beside_packed_codes(
-    tied: bool, container: str, make_model: Any, tmp_path: Path
+    group: int, hidden: int, ffn: int, tied: bool, container: str, make_model: Any, tmp_path: Path
 ) -> None:
-    """A vocabulary so large that embedding and head decide."""
-    model = make_model("llama", vocab_size=4096, tie_word_embeddings=tied)
+    """A vocabulary so large that embedding and head decide; also with several groups."""
+    model = make_model("llama", vocab_size=4096, tie_word_embeddings=tied, hidden_size=hidden, intermediate_size=ffn)
     spec, weights = spec_of(model, 64), float_weights(model)
-    codes = {name: quantize_tensor(w, bits=4, group=32, rounding="rtn") if w.ndim == 2 else w
-             for name, w in weights.items()}  # fmt: skip
+    codes = {name: quantize_tensor(w, bits=4, group=fitting_group(w.shape[1], group), rounding="rtn")
+             if w.ndim == 2 else w for name, w in weights.items()}  # fmt: skip
     model.config.to_json_file(tmp_path / "config.json", use_diff=False)
     (tmp_path / "folder").mkdir()
     linear_only = container == "safetensors_linear"
     write_compressed_tensors(tmp_path / "folder", spec, codes, config=tmp_path / "config.json", linear_only=linear_only)
     written = require_same_compressed_tensors(tmp_path / "folder", codes, linear_only=linear_only)
-    sizes = ModelSizes(4096, 64, 96, spec.num_layers, 4, 2, spec.head_dim, tied)
-    [alone] = load_configs(["submodel=small", "export.containers=[onnx]"]).values()
-    [beside] = load_configs(["submodel=small", f"export.containers=[onnx,{container}]"]).values()
+    sizes = ModelSizes(4096, hidden, ffn, spec.num_layers, 4, 2, spec.head_dim, tied)
+    options = ["submodel=small", f"quantize.group={group}"]
+    [alone] = load_configs([*options, "export.containers=[onnx]"]).values()
+    [beside] = load_configs([*options, f"export.containers=[onnx,{container}]"]).values()
     # A tokenizer and graphs that hold no weights are planned besides.
     besides = 60 * 4096 + 3_000 * spec.num_layers + 2_400 * spec.num_layers
     planned_bytes = package_bytes(sizes, beside) - package_bytes(sizes, alone) - besides
