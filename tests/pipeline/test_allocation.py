@@ -43,19 +43,19 @@ GRID = Grid(bits=4, group=32, positive_scales=True)
 TEXT = np.random.default_rng(1).integers(0, VOCABULARY, (6, 16)).astype(np.int32)
 
 
-def _sizes(model: Any, grid: Grid = GRID) -> Sizes:
-    return _opened(model, grid)[0]
+def _sizes(model: Any) -> Sizes:
+    return _opened(model)[0]
 
 
-def _opened(model: Any, grid: Grid) -> tuple[Sizes, dict[str, Grid]]:
+def _opened(model: Any) -> tuple[Sizes, dict[str, Grid]]:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        source = open_checkpoint(Path(folder), 64, grid.group)
-        return sizes_of(source, source.grids(grid)), source.grids(grid)
+        source = open_checkpoint(Path(folder), 64, GRID.group)
+        return sizes_of(source, source.grids(GRID)), source.grids(GRID)
 
 
-def _choose(model: Any, ratio: float | None = None, text: Any = TEXT, grid: Grid = GRID) -> tuple[dict[str, Grid], Any]:
-    sizes, grids = _opened(model, grid)
+def _choose(model: Any, ratio: float | None = None, text: Any = TEXT) -> tuple[dict[str, Grid], Any]:
+    sizes, grids = _opened(model)
     return choose_grids(model, sizes, text, grids, rounding="mse", weight_ratio_max=ratio, together=False)
 
 
