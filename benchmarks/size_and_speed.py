@@ -30,8 +30,7 @@ from edge_runtime.formats.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderSpe
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.export.onnx_graph import MODEL_FILE, write_onnx
 from pipeline.export.onnx_reader import weight_bytes
-from pipeline.quantization.allocation import stored_bytes
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, fitting_group, stored_bytes
 from pipeline.quantization.rounding import quantize_tensor
 
 _ROPE = tuple(float(1e4 ** (-n / 32)) for n in range(32))
@@ -46,7 +45,7 @@ _LARGE_BYTES = 1 << 16  # of a float matrix; smaller ones are tables of the grap
 
 
 def main() -> int:
-    """Print the sizes of all shapes, then the speed of those asked for."""
+    """Print the sizes of all shapes, then the speed of those asked for; ``--shapes`` alone asks for none."""
     options = _options()
     print(heading("bytes of codes, scales and float32 norms over those of fp16, %"))
     print("| shape | parameters, M | " + " | ".join(f"group {group}" for group in GROUPS) + " |")
@@ -54,6 +53,8 @@ def main() -> int:
     for name, spec in SHAPES.items():
         shares = " | ".join(f"{100 * _least_bytes(spec, group) / (2 * _params(spec)):.2f}" for group in GROUPS)
         print(f"| {name} | {_params(spec) / 1e6:.0f} | {shares} |", flush=True)
+    if not options.shapes:
+        return 0
     words = (
         f"decode of {options.tokens} tokens and prefill of {options.prompt_tokens}, tokens/s, {options.threads} threads"
     )
@@ -68,7 +69,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["SmolLM2-135M", "Qwen2.5-0.5B"])
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["SmolLM2-135M", "Qwen2.5-0.5B"])
     parser.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=[32])
     parser.add_argument("--layers", type=int, help="fewer than the shape has, for a quick look")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -100,7 +101,9 @@ def _print_speed(name: str, spec: DecoderSpec, group: int, options: argparse.Nam
 def _write_files(spec: DecoderSpec, group: int, scratch: Path, *, with_float16: bool) -> dict[str, Path]:
     floats = _random_weights(spec)
     codes: dict[str, QuantizedTensor | NDArray[np.float32]] = {
-        name: quantize_tensor(weight, bits=4, group=group, rounding="rtn") if weight.ndim == 2 else weight
+        name: quantize_tensor(weight, bits=4, group=fitting_group(weight.shape[1], group), rounding="rtn")
+        if weight.ndim == 2
+        else weight
         for name, weight in floats.items()
     }
     folders = {kind: scratch / kind for kind in ("float32", "float16", "int4") if with_float16 or kind != "float16"}
@@ -195,7 +198,8 @@ def _params(spec: DecoderSpec) -> int:
 
 
 def _least_bytes(spec: DecoderSpec, group: int) -> int:
-    return sum(stored_bytes(shape, Grid(4, group, True)) for shape in _matrices(spec).values()) + 4 * _vectors(spec)
+    codes = (stored_bytes(shape, Grid(4, fitting_group(shape[1], group), True)) for shape in _matrices(spec).values())
+    return sum(codes) + 4 * _vectors(spec)
 
 
 if __name__ == "__main__":

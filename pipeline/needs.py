@@ -8,13 +8,15 @@ of graphs and the seconds of stages that are no matrix products were fitted to a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 from pipeline.artifacts import located
 from pipeline.export.assembly import training_containers
 from pipeline.flow import Stage
+from pipeline.quantization.grid import Grid, fitting_group, padded_columns, stored_bytes
 from pipeline.settings import CheckpointTeacher, Config
 from pipeline.sizes import FamilySizes, ModelSizes, is_downloaded
 
@@ -100,11 +102,7 @@ def weights_bytes(sizes: ModelSizes, config: Config) -> float:
 
 def least_weights_bytes(sizes: ModelSizes, config: Config) -> float:
     """Codes of ``quantize.bits`` everywhere, scales and vectors, without a file around them."""
-    quantize = config.quantize
-    padded = -(-sizes.intermediate_size // quantize.group) * quantize.group - sizes.intermediate_size
-    vectors = (2 * sizes.num_hidden_layers + 1) * sizes.hidden_size
-    matrices = sizes.params - vectors + 3 * sizes.num_hidden_layers * sizes.hidden_size * padded
-    return matrices * (quantize.bits / 8 + 2 / quantize.group) + vectors * 4
+    return sum(stored_bytes(shape, grid) for shape, grid in _matrices(sizes, config)) + 4 * sizes.vector_params
 
 
 def package_bytes(sizes: ModelSizes, config: Config) -> float:
@@ -112,12 +110,21 @@ def package_bytes(sizes: ModelSizes, config: Config) -> float:
     export, codes = config.export, weights_bytes(sizes, config)
     containers = [*export.containers, *training_containers(config)]
     total = sum(sizes.params if name == "tflite_legacy" else codes for name in containers)
-    if "safetensors" in containers:  # scales in fp32
-        total += 2 * sizes.params / config.quantize.group
-    if "safetensors_linear" in containers:  # embedding and head in fp16
-        total += sizes.embedding_params * (2 - config.quantize.bits / 8)
+    matrices = _matrices(sizes, config)
+    if "safetensors" in containers:  # scales in fp32, of the smallest group
+        smallest = min(grid.group for _, grid in matrices)
+        total += sum(prod(shape) * (4 / smallest - 2 / grid.group) for shape, grid in matrices)
+    if "safetensors_linear" in containers:  # embedding and head in fp32
+        total += 4 * sizes.embedding_params - stored_bytes(*matrices[0])
     tokenizers = 1 + len(export.containers) - len(export.run_containers)
     return total + _graph_bytes(sizes, config) + tokenizers * _TOKENIZER_BYTES_A_TOKEN * sizes.vocab_size
+
+
+def _matrices(sizes: ModelSizes, config: Config) -> list[tuple[tuple[int, int], Grid]]:
+    """Shapes of the stored matrices with their grids; embedding and head come first."""
+    bits, group = config.quantize.bits, config.quantize.group
+    stored = replace(sizes, intermediate_size=padded_columns(sizes.intermediate_size, group))
+    return [(shape, Grid(bits, fitting_group(shape[1], group), True)) for shape in stored.matrices]
 
 
 def _clean(config: Config) -> Needs:

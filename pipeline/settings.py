@@ -227,7 +227,7 @@ class QuantizeConfig(_Strict):
     """Codes of the shipped containers."""
 
     bits: Literal[4, 8]
-    group: Literal[32, 64, 128]
+    group: Literal[32, 64, 128]  # or the largest below it that divides a matrix's columns, see quantization/grid.py
     rounding: Literal["rtn", "mse", "weighted_mse", "gptq"]
     workers: Annotated[int, Field(ge=1, le=256)]
     calibration_sequences: Annotated[int, Field(ge=1, le=65_536)]

@@ -47,7 +47,7 @@ class ModelSizes:
     @property
     def params(self) -> int:
         """Parameters, a tied embedding counted once."""
-        return self.embedding_params + self.num_hidden_layers * self._layer_params + self.hidden_size
+        return sum(rows * columns for rows, columns in self.matrices) + self.vector_params
 
     @property
     def embedding_params(self) -> int:
@@ -55,11 +55,24 @@ class ModelSizes:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     @property
-    def _layer_params(self) -> int:
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """(N, K) of embedding and head, of what reads hidden states, of o_proj and of down_proj, each kind as one."""
+        hidden, layers, ffn = self.hidden_size, self.num_hidden_layers, self.intermediate_size
         queries, values = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        matrices = 2 * self.hidden_size * (queries + values) + 3 * self.hidden_size * self.intermediate_size
+        return (
+            (self.embedding_params // hidden, hidden),
+            (layers * (queries + 2 * values + 2 * ffn), hidden),
+            (layers * hidden, queries),
+            (layers * hidden, ffn),
+        )
+
+    @property
+    def vector_params(self) -> int:
+        """Norms and biases."""
+        queries, values = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         biases = queries + 2 * values if self.biased else 0
-        return matrices + biases + 2 * self.hidden_size + (2 * self.head_dim if self.normed_heads else 0)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.normed_heads else 0)
+        return self.num_hidden_layers * (biases + norms) + self.hidden_size
 
     def forward_flops(self, sequence_tokens: int) -> float:
         """Operations a token of a forward pass: a third of what ``speed.training_flops_per_token`` says of training."""

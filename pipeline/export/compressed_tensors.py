@@ -1,10 +1,12 @@
 """compressed-tensors: a folder that transformers and vLLM load, made of the stored codes bit for bit.
 
 ``pack-quantized`` holds eight 4-bit codes, or four 8-bit ones, an int32 of the row. Two variants: with embedding and
-head packed too, and with both in fp16 for engines that pack linear layers only. transformers 5.23 decides two things.
-Packed embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in the scales'
-type then, so they are stored as float32 to stay exact, and it reads one grid for all. Linear layers alone are unpacked
-at the first pass in the model's type: fp16 scales stay exact, and grids may be mixed.
+head packed too, and with both as code * scale for engines that pack linear layers only: in float32, since fp16 lacks
+bits for the product and engines that know no packed head read garbage. transformers 5.23 decides two things. Packed
+embeddings load only when it unpacks everything at once (``run_compressed: false``); it multiplies in the scales' type
+then whatever the model's is, so they are stored as float32 to stay exact, and it reads one grid for all: scales of
+longer groups are repeated for the shortest. Linear layers alone are unpacked at the first pass in the model's type:
+fp16 scales stay exact, and grids may be mixed.
 Layout: https://github.com/vllm-project/compressed-tensors, compressors/pack_quantized.
 """
 
@@ -14,7 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +52,19 @@ def write_compressed_tensors(
         spec: Sizes of ``weights``.
         weights: Codes and scales by Hugging Face name, possibly mapped from a file.
         config: The model's config.json.
-        linear_only: Embedding and head in fp16.
+        linear_only: Embedding and head in float32, not packed.
         shard_bytes: Most bytes of tensors in one file.
 
     Raises:
         ExportError: The columns of a weight are not whole groups, or the variant cannot hold the grids.
         OSError: The disk is full; what was written is to be removed.
     """
-    entries = [entry for name in sorted(weights) for entry in _entries(name, weights, linear_only)]
+    grids = _grids(weights, linear_only)
+    shortest = None if linear_only else min(group for _, group in grids)
+    entries = [entry for name in sorted(weights) for entry in _entries(name, weights, shortest)]
     values: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     values["intermediate_size"] = spec.intermediate_size
-    values["quantization_config"] = _quantization_config(spec, weights, linear_only)
+    values["quantization_config"] = _quantization_config(spec, grids, linear_only)
     _write_json(folder / "config.json", values)
     shards = _shards(entries, shard_bytes)
     if len(shards) == 1:
@@ -105,19 +109,6 @@ def pack_int32(rows: QuantizedTensor) -> NDArray[np.int32]:
     return np.ascontiguousarray(packed).view("<i4")
 
 
-def to_fp16(name: str, rows: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Weights that are not packed.
-
-    Raises:
-        ExportError: fp16 cannot hold one.
-    """
-    with np.errstate(over="ignore"):
-        rounded = rows.astype(np.float16)
-    if not np.isfinite(rounded).all():
-        raise ExportError(f"{name}: a weight exceeds fp16; leave safetensors_linear out of export.containers")
-    return rounded
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """A tensor of the file; ``blocks`` gives its rows."""
@@ -132,8 +123,30 @@ class _Entry:
         return prod(self.shape) * _DTYPES[self.dtype]
 
 
-def _entries(name: str, weights: Weights, linear_only: bool) -> Iterator[_Entry]:
-    """The tensors that a weight becomes; each looks its weight up again, so that none is kept."""
+def _grids(weights: Weights, linear_only: bool) -> dict[tuple[int, int], list[str]]:
+    """Modules by their bits and group as they are written: all in the shortest group where embeddings are packed."""
+    grids: dict[tuple[int, int], list[str]] = {}
+    for name in sorted(weights):
+        value = weights[name]
+        if isinstance(value, QuantizedTensor) and not (linear_only and name in UNPACKED_IN_LINEAR):
+            grids.setdefault((value.bits, value.group), []).append(name.removesuffix(".weight"))
+    if linear_only:
+        return grids
+    if len({bits for bits, _ in grids}) > 1:
+        found = ", ".join(f"{bits} bits in groups of {group}" for bits, group in sorted(grids))
+        raise ExportError(
+            f"safetensors: transformers reads one grid beside packed embeddings, there are {found};"
+            " choose safetensors_linear in export.containers"
+        )
+    shortest = min(grids)[0], gcd(*(group for _, group in grids))
+    return {shortest: [module for modules in grids.values() for module in modules]}
+
+
+def _entries(name: str, weights: Weights, shortest: int | None) -> Iterator[_Entry]:
+    """The tensors that a weight becomes; each looks its weight up again, so that none is kept.
+
+    Scales are repeated for the group ``shortest``; None: in their own groups, embedding and head unpacked.
+    """
     value = weights[name]
     if not isinstance(value, QuantizedTensor):
         yield _Entry(name, "F32", value.shape, lambda: iter([np.asarray(weights[name], dtype="<f4")]))
@@ -147,16 +160,17 @@ def _entries(name: str, weights: Weights, linear_only: bool) -> Iterator[_Entry]
 
         return read
 
-    if linear_only and name in UNPACKED_IN_LINEAR:
-        yield _Entry(name, "F16", (rows, columns), blocks(lambda part: to_fp16(name, dequantize(part)).astype("<f2")))
+    if shortest is None and name in UNPACKED_IN_LINEAR:
+        yield _Entry(name, "F32", (rows, columns), blocks(lambda part: dequantize(part).astype("<f4")))
         return
     _require_groups(name, value)
     module = name.removesuffix(".weight")
-    scale = ("F16", "<f2") if linear_only else ("F32", "<f4")
+    dtype, code, group = ("F16", "<f2", value.group) if shortest is None else ("F32", "<f4", shortest)
     yield _Entry(f"{module}.weight_packed", "I32", (rows, columns * value.bits // 32), blocks(pack_int32))
     yield _Entry(
-        f"{module}.weight_scale", scale[0], value.scales.shape, blocks(lambda part: part.scales.astype(scale[1]))
-    )
+        f"{module}.weight_scale", dtype, (rows, columns // group),
+        blocks(lambda part: np.repeat(part.scales, part.group // group, axis=1).astype(code)),
+    )  # fmt: skip
     yield _Entry(f"{module}.weight_shape", "I64", (2,), lambda: iter([np.array([rows, columns], "<i8")]))
 
 
@@ -170,18 +184,9 @@ def _require_groups(name: str, value: QuantizedTensor) -> None:
         raise ExportError(f"{name}: one scale for the whole weight; compressed-tensors is written with groups")
 
 
-def _quantization_config(spec: DecoderSpec, weights: Weights, linear_only: bool) -> dict[str, Any]:
-    grids: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(weights):
-        value = weights[name]
-        if isinstance(value, QuantizedTensor) and not (linear_only and name in UNPACKED_IN_LINEAR):
-            grids.setdefault((value.bits, value.group), []).append(name.removesuffix(".weight"))
-    if len(grids) > 1 and not linear_only:
-        found = ", ".join(f"{bits} bits in groups of {group}" for bits, group in sorted(grids))
-        raise ExportError(
-            f"safetensors: transformers reads one grid beside packed embeddings, there are {found};"
-            " choose safetensors_linear in export.containers"
-        )
+def _quantization_config(
+    spec: DecoderSpec, grids: dict[tuple[int, int], list[str]], linear_only: bool
+) -> dict[str, Any]:
     # The most frequent grid goes by the modules' class, the others by name; names are matched first.
     ordered = sorted(grids, key=lambda grid: (-len(grids[grid]), grid))
     classes = ["Linear"] if linear_only else ["Linear", "Embedding"]

@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.errors import ExportError
 from edge_runtime.formats.int4 import QuantizedTensor, Weights, dequantize
-from pipeline.export.compressed_tensors import (
-    INDEX_FILE,
-    UNPACKED_IN_LINEAR,
-    WEIGHTS_FILE,
-    to_fp16,
-)
+from pipeline.export.compressed_tensors import INDEX_FILE, UNPACKED_IN_LINEAR, WEIGHTS_FILE
 from pipeline.export.gguf import row_blocks
 
 
@@ -88,27 +83,26 @@ def _compared_bytes(
         slices = [file.get_slice(part) for file, part in zip(files, parts, strict=True)]
         same = [part[:].tolist() for part in slices[2:]] in ([], [list(value.shape)])
         for start, stop in row_blocks(value.shape):
-            same = same and _same_rows(name, [part[start:stop] for part in slices[:2]], value, start, stop)
+            same = same and _same_rows([part[start:stop] for part in slices[:2]], value, start, stop)
         if not same:
             raise ExportError(f"{places[parts[0]].name}: {name} differs from the stored codes")
         return sum(map(_length_bytes, slices))
 
 
-def _same_rows(
-    name: str, found: list[Any], value: QuantizedTensor | NDArray[np.float32], start: int, stop: int
-) -> bool:
+def _same_rows(found: list[Any], value: QuantizedTensor | NDArray[np.float32], start: int, stop: int) -> bool:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     if not isinstance(value, QuantizedTensor):
         return np.array_equal(found[0].numpy().view(np.uint32), np.asarray(value[start:stop]).view(np.uint32))
     rows = value.rows(start, stop)
     if len(found) == 1:
-        return np.array_equal(found[0].numpy().view(np.uint16), to_fp16(name, dequantize(rows)).view(np.uint16))
+        return np.array_equal(found[0].numpy().view(np.uint32), dequantize(rows).view(np.uint32))
     codes = unpack_from_int32(found[0], value.bits, rows.shape).numpy()
     scales = found[1].numpy().astype(np.float16)
+    repeats = scales.shape[1] // rows.scales.shape[1]  # for the shortest group of the file
     return (
         np.array_equal(codes, rows.codes[:, : rows.columns])
-        and np.array_equal(scales.view(np.uint16), rows.scales.view(np.uint16))
+        and np.array_equal(scales.view(np.uint16), np.repeat(rows.scales, repeats, axis=1).view(np.uint16))
         and np.array_equal(scales.astype(found[1].numpy().dtype), found[1].numpy())
     )
 

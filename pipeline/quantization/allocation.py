@@ -21,7 +21,7 @@ from edge_runtime.formats.errors import ExportError, UserError
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.artifacts import StageRun
 from pipeline.progress import progress
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, stored_bytes
 from pipeline.quantization.rounding import quantize_tensor
 from pipeline.quantization.source import Checkpoint
 
@@ -59,9 +59,9 @@ def grids_of(run: StageRun, source: Checkpoint) -> tuple[dict[str, Grid], dict[s
         ExportError: A weight cannot be quantized.
     """
     settings, containers = run.config.quantize, set(run.config.export.containers)
-    grid = Grid(settings.bits, settings.group, positive_scales="tflite" in containers)
+    grids = source.grids(Grid(settings.bits, settings.group, positive_scales="tflite" in containers))
     if not settings.sensitivity_tokens:
-        return source.grids(grid), {}
+        return grids, {}
     import torch
 
     from pipeline.export.checkpoint import load_student
@@ -70,24 +70,24 @@ def grids_of(run: StageRun, source: Checkpoint) -> tuple[dict[str, Grid], dict[s
     model = load_student(run.layout.student(run.submodel)).to("cuda" if torch.cuda.is_available() else "cpu")
     if source.spec.tied_embeddings:  # by equal copies, perhaps: what is stored once is measured as one
         model.lm_head.weight = model.model.embed_tokens.weight
-    grids, figures = choose_grids(
+    chosen, figures = choose_grids(
         model,
-        sizes_of(source, grid),
+        sizes_of(source, grids),
         spread(sequences, settings.sensitivity_tokens),
-        grid,
+        grids,
         rounding="rtn" if settings.rounding == "rtn" else "mse",
         weight_ratio_max=settings.weight_ratio_max,
         together="safetensors_linear" in containers,
         label=f"sensitivity {run.submodel}",
     )
-    return {name: grids[name] for name in source.matrices}, {"sensitivity": figures}
+    return chosen, {"sensitivity": figures}
 
 
 def choose_grids(
     model: Any,
     sizes: Sizes,
     text: NDArray[np.int32],
-    grid: Grid,
+    grids: Mapping[str, Grid],
     *,
     rounding: str,
     weight_ratio_max: float | None,
@@ -98,11 +98,11 @@ def choose_grids(
 
     Args:
         model: Float weights in fp32, on any device.
-        sizes: Its bytes in ``grid`` and in 8 bits.
+        sizes: Its bytes in ``grids`` and in 8 bits.
         text: (S, T) ids of training text, never held-out, S >= 2: every other sequence ranks, the others measure.
-        grid: Of the matrices that stay in 4 bits.
+        grids: Of all matrices, in 4 bits.
         rounding: How 4-bit codes are chosen while measuring: ``rtn`` or ``mse``.
-        weight_ratio_max: Bytes of all weights over those of fp16; None leaves every matrix in ``grid``.
+        weight_ratio_max: Bytes of all weights over those of fp16; None leaves every matrix in its grid.
         together: Projections that read the same states get the same bits, as engines that fuse them demand.
         label: Names the progress; None shows none.
 
@@ -117,10 +117,10 @@ def choose_grids(
     """
     from pipeline.quantization.sensitivity import divergences
 
-    fine = replace(grid, bits=_FINE_BITS)
+    fine = _fine(grids)
     budget_bytes = _budget_bytes(sizes, weight_ratio_max)
-    coarse = {name: _quantize(model, name, grid, rounding) for name in sizes.extra}
-    refined = {name: _quantize(model, name, fine, "rtn") for name in sizes.extra}  # a search gains nothing at 8 bits
+    coarse = {name: _quantize(model, name, grids[name], rounding) for name in sizes.extra}
+    refined = {name: _quantize(model, name, fine[name], "rtn") for name in sizes.extra}  # at 8 bits no search gains
     ranking, measuring = text[0::2], text[1::2]
     with progress(label, len(ranking) * len(coarse)) as report:
         alone = divergences(model, ranking, [{name: tensor} for name, tensor in coarse.items()], report)
@@ -140,7 +140,7 @@ def choose_grids(
     }
     if budget_bytes is not None:
         figures["chosen"] = choice | {"weights": sorted(chosen)}
-    return {name: fine if name in chosen else grid for name in sizes.extra}, figures
+    return {name: (fine if name in chosen else grids)[name] for name in grids}, figures
 
 
 def spread(sequences: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
@@ -158,12 +158,12 @@ def spread(sequences: NDArray[np.int32], tokens: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(sequences[np.linspace(0, len(sequences) - 1, count).astype(np.int64)])
 
 
-def sizes_of(source: Checkpoint, grid: Grid) -> Sizes:
-    """Bytes of a checkpoint in ``grid``, its FFN padded to whole groups, and what 8 bits would add."""
+def sizes_of(source: Checkpoint, grids: Mapping[str, Grid]) -> Sizes:
+    """Bytes of a checkpoint in ``grids``, its FFN padded to whole groups, and what 8 bits would add."""
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     coarse, fine = (
-        {name: stored_bytes(shape, each) for name, shape in shapes.items() if len(shape) == 2}
-        for each in (grid, replace(grid, bits=_FINE_BITS))
+        {name: stored_bytes(shape, each[name]) for name, shape in shapes.items() if name in each}
+        for each in (grids, _fine(grids))
     )
     vectors = sum(prod(shape) for shape in shapes.values() if len(shape) < 2)
     return Sizes(
@@ -171,11 +171,6 @@ def sizes_of(source: Checkpoint, grid: Grid) -> Sizes:
         extra={name: fine[name] - coarse[name] for name in coarse},
         fp16=2 * source.params,
     )
-
-
-def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
-    """Codes and fp16 scales of a matrix (N, K)."""
-    return shape[0] * -(-shape[1] // grid.group) * (grid.group * grid.bits // 8 + 2)
 
 
 def upgrade_order(costs: Mapping[str, float], extra: Mapping[str, int], *, together: bool) -> list[Unit]:
@@ -205,6 +200,10 @@ def curve_points(order: Sequence[Unit], extra: Mapping[str, int]) -> list[list[s
     taken = list(accumulate(sum(extra[name] for name in unit) for unit in order))
     counts = sorted({bisect_right(taken, share * taken[-1]) for share in CURVE_SHARES})
     return [[name for unit in order[:count] for name in unit] for count in counts]
+
+
+def _fine(grids: Mapping[str, Grid]) -> dict[str, Grid]:
+    return {name: replace(grid, bits=_FINE_BITS) for name, grid in grids.items()}
 
 
 def _budget_bytes(sizes: Sizes, weight_ratio_max: float | None) -> int | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.decoder import DecoderSpec, module_name
 from edge_runtime.formats.int4 import CODE_RANGE, QuantizedTensor, dequantize
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, padded_columns
 
 _SMALLEST_SCALE = np.float32(2.0**-14)  # the smallest normal fp16: runtimes may flush subnormals, and refuse zero
 _LARGEST_SCALE = np.float32(65504.0)
@@ -118,8 +118,8 @@ def codes_of_scale(rows: FloatArray, scale: np.float16) -> QuantizedTensor:
 def pad_intermediate(
     spec: DecoderSpec, weights: dict[str, FloatArray], group: int
 ) -> tuple[DecoderSpec, dict[str, FloatArray]]:
-    """Zero-pad the FFN to a whole group. Exact: a padded neuron is silu(0) * 0 = 0 and feeds zeros."""
-    missing = -spec.intermediate_size % group
+    """Zero-pad the FFN to whole groups. Exact: a padded neuron is silu(0) * 0 = 0 and feeds zeros."""
+    missing = padded_columns(spec.intermediate_size, group) - spec.intermediate_size
     if not missing:
         return spec, weights
     padded = dict(weights)

@@ -21,7 +21,7 @@ from edge_runtime.formats.decoder import EMBEDDING, HEAD, DecoderSpec
 from edge_runtime.formats.errors import UserError
 from pipeline.distillation.checkpoint_files import read_config, tensor_files
 from pipeline.export.checkpoint import spec_of
-from pipeline.quantization.grid import Grid
+from pipeline.quantization.grid import Grid, fitting_group, padded_columns
 
 FloatArray = NDArray[np.float32]
 BLOCK_WEIGHTS = 1 << 20
@@ -73,8 +73,10 @@ class Checkpoint:
         return sum(math.prod(tensor.stored) for tensor in self.tensors.values())
 
     def grids(self, grid: Grid) -> dict[str, Grid]:
-        """One grid for all matrices."""
-        return dict.fromkeys(self.matrices, grid)
+        """One grid for all matrices, in the groups that fit each one's columns."""
+        return {
+            name: replace(grid, group=fitting_group(self.tensors[name].shape[1], grid.group)) for name in self.matrices
+        }
 
 
 def open_checkpoint(path: Path, context_tokens: int, group: int, field: str = "checkpoint") -> Checkpoint:
@@ -83,7 +85,7 @@ def open_checkpoint(path: Path, context_tokens: int, group: int, field: str = "c
     Args:
         path: Folder with config.json and safetensors.
         context_tokens: Longest sequence that the exported files shall hold, in tokens.
-        group: The FFN is padded to a multiple of it.
+        group: Most input dimensions that share a scale; an FFN that no group up to it divides is padded to whole ones.
         field: What refusals call the folder.
 
     Raises:
@@ -101,7 +103,7 @@ def open_checkpoint(path: Path, context_tokens: int, group: int, field: str = "c
     found = _read_places(files, field)
     _require_tensors(found, expected, config.tie_word_embeddings, field)
     spec = replace(spec, tied_embeddings=_is_tied(found, config.tie_word_embeddings, field))
-    missing = -spec.intermediate_size % group
+    missing = padded_columns(spec.intermediate_size, group) - spec.intermediate_size
     tensors = {
         name: replace(found[name], shape=_padded(name, found[name].stored, missing))
         for name in expected

@@ -14,6 +14,22 @@ from edge_runtime.formats.decoder import DecoderSpec
 TINY = DecoderSpec(96, 64, 96, 2, 4, 2, 16, 64, 1e-5, tuple(10.0**-n for n in range(8)), True)
 
 
+def test_sizes_alone_count_the_groups_that_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No speed without shapes; FFN of 96 and heads of 64 in all, whatever group is asked for."""
+    monkeypatch.setattr(size_and_speed, "SHAPES", {"toy": TINY})
+    monkeypatch.setattr(sys, "argv", ["size_and_speed.py", "--shapes"])
+    assert size_and_speed.main() == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| toy")]
+    hidden, down = 96 * 64 + 2 * (2 * 64 * (64 + 32) + 2 * 64 * 96), 2 * 64 * 96
+    shares = [
+        (hidden * (0.5 + 2 / group) + down * (0.5 + 2 / 32) + 4 * 5 * 64) / (2 * (hidden + down + 5 * 64))
+        for group in (32, 64, 64)
+    ]
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == [f"{100 * share:.2f}" for share in shares]
+
+
 def test_sizes_and_speeds_are_a_row_a_shape(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

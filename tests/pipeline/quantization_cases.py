@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from edge_runtime.formats.decoder import DecoderSpec
 from edge_runtime.formats.int4 import QuantizedTensor, save_weights
 from pipeline.export.checkpoint import float_weights, spec_of
+from pipeline.quantization.grid import fitting_group
 from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor
 
 CONTEXT_TOKENS = 64
@@ -42,7 +43,8 @@ def expected_bytes(model: PreTrainedModel, path: Path, rounding: str, bits: int,
     def quantize(_name: str, weight: FloatArray) -> QuantizedTensor:
         if not group:
             return quantize_per_tensor(weight)
-        return quantize_tensor(weight, bits=bits, group=group, rounding=rounding, positive_scales=positive)
+        fitting = fitting_group(weight.shape[1], group)
+        return quantize_tensor(weight, bits=bits, group=fitting, rounding=rounding, positive_scales=positive)
 
     spec, weights = in_memory(model, group or 32, quantize)
     save_weights(path, spec, weights)

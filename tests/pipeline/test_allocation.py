@@ -44,13 +44,19 @@ TEXT = np.random.default_rng(1).integers(0, VOCABULARY, (6, 16)).astype(np.int32
 
 
 def _sizes(model: Any) -> Sizes:
+    return _opened(model)[0]
+
+
+def _opened(model: Any) -> tuple[Sizes, dict[str, Grid]]:
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return sizes_of(open_checkpoint(Path(folder), 64, GRID.group), GRID)
+        source = open_checkpoint(Path(folder), 64, GRID.group)
+        return sizes_of(source, source.grids(GRID)), source.grids(GRID)
 
 
 def _choose(model: Any, ratio: float | None = None, text: Any = TEXT) -> tuple[dict[str, Grid], Any]:
-    return choose_grids(model, _sizes(model), text, GRID, rounding="mse", weight_ratio_max=ratio, together=False)
+    sizes, grids = _opened(model)
+    return choose_grids(model, sizes, text, grids, rounding="mse", weight_ratio_max=ratio, together=False)
 
 
 @pytest.mark.parametrize("seed", range(30))

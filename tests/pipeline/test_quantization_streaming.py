@@ -66,7 +66,7 @@ def quantize(small: Path, tmp_path: Path) -> Callable[..., bytes]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("rounding", "bits", "group", "positive"),
-    [("rtn", 4, 32, True), ("mse", 4, 32, False), ("mse", 8, 64, True), ("rtn", 8, 0, True)],
+    [("rtn", 4, 32, True), ("mse", 4, 32, False), ("mse", 8, 64, True), ("rtn", 8, 0, True), ("rtn", 4, 128, True)],
 )
 def test_the_file_is_that_of_the_model_in_memory(
     make_model: MakeModel, tmp_path: Path, case: str, rounding: str, bits: int, group: int, positive: bool
