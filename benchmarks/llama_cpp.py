@@ -201,7 +201,7 @@ def _measure(llama: Llama, blas: Llama | None, layout: Layout, name: str) -> lis
         FLOAT_MOVED: torch_answers(moved=MOVED),
     }
     if blas is not None:
-        answers[BLAS] = blas.answers(model, tokens, prompts, "no-repack", side=PROMPTS)
+        answers[BLAS] = blas.answers(model, tokens, prompts, "no-repack", side=len(prompts))
         with tempfile.TemporaryDirectory() as folder:
             answers[FLOAT_INPUTS] = onnx_answers(_with_float_inputs(exports / "onnx", Path(folder)))
     equal, total = _same_tokens(llama, model, tokenizer, texts)
