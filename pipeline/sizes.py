@@ -109,7 +109,9 @@ def family_sizes(configs: Mapping[str, Config], steps: tuple[ChainStep, ...]) ->
     submodels: dict[str, ModelSizes] = {}
     for step in steps:
         submodel = configs[step.name].submodel
-        if submodel.checkpoint is not None:
+        if submodel.whole:
+            submodels[step.name] = teacher
+        elif submodel.checkpoint is not None:
             found = _read_sizes(located(submodel.checkpoint), f"submodel {step.name}: checkpoint")
             shapes[step.name] = StudentShape(
                 found.hidden_size, found.intermediate_size, found.num_key_value_heads, found.num_hidden_layers
