@@ -80,7 +80,7 @@ _TRAINING = tuple(
 )
 _SIGNAL = tuple(
     f"distill.{key}"
-    for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
+    for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile", "signal")
 )
 _FORMATS = "edge_runtime/formats"
 REFERENCE = "assets/reference_teacher"
@@ -125,6 +125,7 @@ STAGES = {
             (
                 _STUDENT_LOGITS,
                 "pipeline/export",
+                "pipeline/quantization",
                 "pipeline/distillation/teachers.py",
                 "edge_runtime",
             ),
@@ -139,6 +140,7 @@ STAGES = {
                 "pipeline/distillation",
                 "pipeline/export",
                 "pipeline/evaluation",
+                "pipeline/quantization",
                 "edge_runtime",
             ),
             ("clean", "teacher", "targets", "distill", "quantize", "export"),

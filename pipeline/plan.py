@@ -32,6 +32,8 @@ _ADVICE = {
     "distill.micro_sequences, or distill.recompute=true": "distill.micro_sequences=1, then distill.recompute=true",
     "distill.chunk_tokens": "a lower distill.chunk_tokens",
     "distill.sequence_tokens": "a lower distill.sequence_tokens",
+    "quantize.sensitivity_tokens=0": "quantize.sensitivity_tokens=0",
+    "quantize.qad_steps=0": "quantize.qad_steps=0",
     "submodel.learns_from": "submodel.learns_from=teacher with distill.signal=stored",
 }
 Chosen = Sequence[tuple[Stage, Config]]

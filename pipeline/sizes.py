@@ -47,7 +47,7 @@ class ModelSizes:
     @property
     def params(self) -> int:
         """Parameters, a tied embedding counted once."""
-        return self.embedding_params + self.num_hidden_layers * self._layer_params + self.hidden_size
+        return self.embedding_params + self.num_hidden_layers * self.layer_params + self.hidden_size
 
     @property
     def embedding_params(self) -> int:
@@ -55,7 +55,13 @@ class ModelSizes:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     @property
-    def _layer_params(self) -> int:
+    def head_flops(self) -> float:
+        """Operations a token of the output matrix."""
+        return 2.0 * self.vocab_size * self.hidden_size
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
         queries, values = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         matrices = 2 * self.hidden_size * (queries + values) + 3 * self.hidden_size * self.intermediate_size
         biases = queries + 2 * values if self.biased else 0

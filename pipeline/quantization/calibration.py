@@ -55,9 +55,7 @@ class Decoder:
     dtype: torch.dtype
 
     @classmethod
-    def open(
-        cls, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> Decoder:
+    def open(cls, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
         """Take an open checkpoint. Where no type is given it computes in bf16 on GPUs, else in fp32."""
         device = torch.device(device)
         with torch.device("meta"):
@@ -194,7 +192,9 @@ class _Seen(Exception):  # ends a forward pass of which no more is needed
     pass
 
 
-def _loaded(decoder: Decoder, index: int, made: Mapping[str, QuantizedTensor] = MappingProxyType({})) -> tuple[Any, str]:
+def _loaded(
+    decoder: Decoder, index: int, made: Mapping[str, QuantizedTensor] = MappingProxyType({})
+) -> tuple[Any, str]:
     """A layer and the beginning of its weights' names; what was made of a weight stands in its place."""
     layer, prefix = decoder.model.model.layers[index], f"model.layers.{index}."
     state = {}
