@@ -127,6 +127,7 @@ STAGES = {
                 "pipeline/export",
                 "pipeline/quantization",
                 "pipeline/distillation/teachers.py",
+                "pipeline/distillation/checkpoint_files.py",
                 "edge_runtime",
             ),
             ("teacher", "targets", "distill", "quantize"),

@@ -39,11 +39,9 @@ class StreamedModel:
     weights: Weights | None = None
 
     @classmethod
-    def open(
-        cls, source: Checkpoint, weights: Weights | None = None, device: torch.device | str = "cpu"
-    ) -> StreamedModel:
-        """Take an open checkpoint; nothing is read yet."""
-        return cls(Decoder.open(source, device, torch.float32), weights)
+    def open(cls, source: Checkpoint, weights: Weights | None = None) -> StreamedModel:
+        """Take an open checkpoint; nothing is read yet. It computes on the GPU if there is one."""
+        return cls(Decoder.open(source, "cuda" if torch.cuda.is_available() else "cpu", torch.float32), weights)
 
     def rows(self, sequences: Sequence[Ids]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(index, (T, V) logits) of each sequence, in order; valid until the next is asked for."""

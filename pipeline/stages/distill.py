@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import StageRun, tree_digest, write_json
 from pipeline.distillation.scoring import HeldOut, perplexity
-from pipeline.torchrun import is_first
 
 if TYPE_CHECKING:
     from pipeline.distillation.student_text import StudentText
@@ -19,9 +18,11 @@ if TYPE_CHECKING:
 
 def run(run: StageRun) -> None:
     """Write the student as an ordinary Hugging Face checkpoint."""
+    from pipeline.distillation.parallel import join_processes
+
     if not run.config.submodel.whole:
         _learn(run)
-    elif is_first():
+    elif join_processes().index == 0:
         from pipeline.distillation.teachers import read_source
         from pipeline.distillation.whole import take_whole
 

@@ -125,13 +125,12 @@ class _Student:
 
 def _read_student(run: StageRun, exam: Exam) -> _Student:
     """With one layer in memory, except where answers are written: token by token only the whole model does that."""
-    from pipeline.distillation.from_config import training_device
     from pipeline.quantization.source import open_checkpoint
     from pipeline.quantization.streamed_logits import StreamedModel
 
     folder, context_tokens = run.layout.student(run.submodel), run.config.export.context_tokens
     source = open_checkpoint(folder, context_tokens, 1, f"student {run.submodel}")
-    model = StreamedModel.open(source, device=training_device())
+    model = StreamedModel.open(source)
     writes = exam.worked or exam.harness is not None
     answers = sit(exam, TorchReader(load_student(folder)) if writes else model)
     held_out = HeldOut.open(run.layout.sequences(run.submodel), context_tokens)

@@ -212,17 +212,15 @@ def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
 
 def _dequantized_logits(run: StageRun, tokens: NDArray[np.int32], codes: Path) -> NDArray[np.float32]:
     """(S, T, V): what the codes mean, computed in fp32 by torch with one layer in memory."""
-    from pipeline.distillation.from_config import training_device
     from pipeline.quantization.source import open_checkpoint
     from pipeline.quantization.streamed_logits import StreamedModel
 
-    config, name = run.config, run.submodel
-    _, weights = load_weights(codes)
+    spec, weights = load_weights(codes)
+    # Padded as the codes are: to one multiple of their own inner size.
     source = open_checkpoint(
-        run.layout.student(name), config.export.context_tokens, config.quantize.group, f"student {name}"
-    )  # fmt: skip
-    model = StreamedModel.open(source, weights, training_device())
-    return np.stack([logits.copy() for _, logits in model.rows(list(tokens))])
+        run.layout.student(run.submodel), spec.context_tokens, spec.intermediate_size, f"student {run.submodel}"
+    )
+    return np.stack([logits.copy() for _, logits in StreamedModel.open(source, weights).rows(list(tokens))])
 
 
 def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

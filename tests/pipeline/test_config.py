@@ -28,8 +28,8 @@ ONE = "submodel=tiny"
         ("submodel=smal", "submodel: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny, whole;"
                           " did you mean small?"),
         ("experiment=qwen", "experiment: got 'qwen', allowed: ci, demo, llama_7b, qwen2_5_7b"),
-        ("family=[base,smal]", "family: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny, whole;"
-                               " did you mean small?"),
+        ("family=[base,smal]", "family: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny,"
+                               " whole; did you mean small?"),
         ("+x.y=1", "+x.y=1: allowed: KEY=VALUE with a key that conf/ has"),
         ("~distill.steps", "~distill.steps: allowed: KEY=VALUE with a key that conf/ has"),
         ("distill.steps", "distill.steps: allowed: KEY=VALUE with a key that conf/ has"),
