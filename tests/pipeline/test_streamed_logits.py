@@ -13,6 +13,7 @@ from edge_runtime.formats.int4 import load_weights
 from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import load_dequantized
 from pipeline.quantization import calibration, streamed_logits
+from pipeline.quantization import source as source_module
 from pipeline.quantization.grid import Grid
 from pipeline.quantization.source import Checkpoint, open_checkpoint
 from pipeline.quantization.streamed_logits import StreamedModel
@@ -32,7 +33,8 @@ def sequences() -> list[np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several batches, several groups of sequences, several blocks of the head."""
+    """Several batches, several groups of sequences, several blocks of the embedding and of the head."""
+    monkeypatch.setattr(source_module, "BLOCK_WEIGHTS", 64 * 64)
     monkeypatch.setattr(streamed_logits, "BATCH_TOKENS", 60)
     monkeypatch.setattr(streamed_logits, "_LOGITS_BYTES", 4 * VOCABULARY * 50)
     monkeypatch.setattr(streamed_logits, "_HEAD_BLOCK_WEIGHTS", 64 * 100)
