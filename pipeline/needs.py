@@ -40,6 +40,7 @@ _QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales 
 _CALIBRATION_PASSES = {"weighted_mse": 4, "gptq": 6}  # over a layer up to each input, whole, and for a tied head
 _READ_BYTES = 64e6  # logits of a batch that answers tasks
 _STREAMED_TOKENS, _STREAMED_HEAD_WEIGHTS = 2048, 1 << 25  # at once, as quantization/streamed_logits.py has them
+_COMPARED_POSITIONS = 128  # in double precision at once, as evaluation/figures.py has them
 _CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
@@ -290,11 +291,13 @@ def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     length = min(config.distill.sequence_tokens, config.export.context_tokens)
     tokens, asked = runtime.evaluation_sequences * length, runtime.task_tokens
     # The student reads all once, with one layer in memory, unless it has to write; the head once more for every file.
-    states = _streamed_bytes(sizes, tokens + asked)
-    writes = bool(runtime.task_files or runtime.harness_tasks)
-    logits = max(_READ_BYTES, 3.0 * length * sizes.vocab_size * 4)
+    head = 10.0 * min(_STREAMED_HEAD_WEIGHTS, sizes.vocab_size * sizes.hidden_size)
+    opened = _runtime_bytes(weights_bytes(sizes, config)) + head + 4.0 * sizes.hidden_size * tokens
+    held = max(_streamed_bytes(sizes, max(tokens, asked)), opened)
+    if runtime.task_files or runtime.harness_tasks:
+        held = max(held, 4.0 * sizes.params)
+    logits = max(_READ_BYTES, (6.0 * 4 * length + 6.0 * 8 * _COMPARED_POSITIONS) * sizes.vocab_size)
     taught = 0.0 if config.submodel.whole else asked * family.teacher.forward_flops(length)
-    held = max(states + _runtime_bytes(weights_bytes(sizes, config)), 4.0 * sizes.params * writes)
     return Needs(
         1e5, _PROCESS_BYTES + held + logits,
         device_bytes={} if config.submodel.whole else {"teacher.load": _teacher_bytes(config, family.teacher)},
