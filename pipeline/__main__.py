@@ -27,6 +27,8 @@ usage: python -m pipeline [KEY=VALUE ...]
   python -m pipeline teacher=local teacher.path=DIR data=local data.path=FILE_OR_DIR
                                                 your checkpoint (Llama, Qwen2, Qwen3, Mistral), your text
   python -m pipeline experiment=qwen2_5_7b      a 7B from the hub; also experiment=llama_7b
+  python -m pipeline experiment=qwen2_5_7b_whole
+                                                that 7B itself in 4 bits, no students; yours with teacher=local
   python -m pipeline stage=export submodel=tiny one stage, in place
   torchrun --nproc-per-node 2 -m pipeline stage=distill submodel=small
                                                 one training over several GPUs or processes; stage=teacher too

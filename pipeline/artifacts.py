@@ -248,6 +248,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """The same bytes under another name, of a link what it points to; copied where the disk has no such names."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 @contextmanager
 def sole_writer(layout: Layout, stage: str, submodel: str | None) -> Iterator[None]:
     """Hold the lock of one output; the kernel frees it when the process dies.

@@ -60,7 +60,9 @@ def family_chain(members: dict[str, Config]) -> tuple[ChainStep, ...]:
         ConfigError: They are no chain.
     """
     submodels = [config.submodel for config in members.values()]
-    links = [Link(each.name, each.cut_from, each.checkpoint, each.learns_from, each.trims) for each in submodels]
+    links = [
+        Link(each.name, each.cut_from, each.checkpoint, each.learns_from, each.trims, each.whole) for each in submodels
+    ]
     aligned = any(config.distill.loss == "aligned" for config in members.values())
     try:
         steps = plan_chain(links)

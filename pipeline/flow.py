@@ -80,7 +80,7 @@ _TRAINING = tuple(
 )
 _SIGNAL = tuple(
     f"distill.{key}"
-    for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile")
+    for key in ("sequence_tokens", "target_tokens", "draws", "importance_sequences", "precision", "compile", "signal")
 )
 _FORMATS = "edge_runtime/formats"
 REFERENCE = "assets/reference_teacher"
@@ -125,7 +125,9 @@ STAGES = {
             (
                 _STUDENT_LOGITS,
                 "pipeline/export",
+                "pipeline/quantization",
                 "pipeline/distillation/teachers.py",
+                "pipeline/distillation/checkpoint_files.py",
                 "edge_runtime",
             ),
             ("teacher", "targets", "distill", "quantize"),
@@ -139,6 +141,7 @@ STAGES = {
                 "pipeline/distillation",
                 "pipeline/export",
                 "pipeline/evaluation",
+                "pipeline/quantization",
                 "edge_runtime",
             ),
             ("clean", "teacher", "targets", "distill", "quantize", "export"),

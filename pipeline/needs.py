@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
-from pipeline.artifacts import located
+from pipeline.artifacts import PROJECT, located
 from pipeline.export.assembly import training_containers
 from pipeline.flow import Stage
 from pipeline.quantization.grid import Grid, fitting_group, padded_columns, stored_bytes
@@ -41,6 +41,8 @@ _SENSITIVITY_BYTES_A_WEIGHT = 7.5  # the model in fp32, and every matrix in 4 bi
 _QUANTIZE_BYTES_A_WORKER = 0.1e9  # blocks of rows on their way, and the scales of a 7B's embedding
 _CALIBRATION_PASSES = {"weighted_mse": 4, "gptq": 6}  # over a layer up to each input, whole, and for a tied head
 _READ_BYTES = 64e6  # logits of a batch that answers tasks
+_STREAMED_TOKENS, _STREAMED_HEAD_WEIGHTS = 2048, 1 << 25  # at once, as quantization/streamed_logits.py has them
+_COMPARED_POSITIONS = 128  # in double precision at once, as evaluation/figures.py has them
 _CURVE_POINTS = 8  # at most, as quantization/allocation.py has them
 _WRITE_S_A_WEIGHT = 0.04e-6  # to write codes into a container and to read them back
 
@@ -189,6 +191,8 @@ def _targets(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     train = -(-distill.target_tokens // length) * length
     held_out, ranked = config.runtime.evaluation_sequences * length, distill.importance_sequences * length
     id_bytes = 2 if sizes.vocab_size <= 65_536 else 4
+    if distill.signal == "none":
+        return Needs(train * (4 + 1) + held_out * (4 + 4), _PROCESS_BYTES)
     stored = train * (stored_bytes_a_position(sizes.vocab_size, distill.draws) + 4 + 1)
     stored += held_out * (4 + 1 + _HELD_OUT_DRAWS * (id_bytes + 4) + 4)
     layers, hidden = sizes.num_hidden_layers, sizes.hidden_size
@@ -207,6 +211,8 @@ def _targets(config: Config, family: FamilySizes, bf16: bool) -> Needs:
 def _distill(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     distill, sizes, length = config.distill, family.submodels[config.submodel.name], config.distill.sequence_tokens
     trained, spoken = (steps * distill.batch_sequences * length for steps in (distill.steps, distill.on_policy_steps))
+    if config.submodel.whole:
+        return Needs(_taken_bytes(config, sizes), _PROCESS_BYTES)
     runs, taught = (2 if distill.from_scratch_baseline else 1), 0.0
     online = distill.signal == "online" or config.submodel.learns_from != "teacher"
     master = family.submodels.get(config.submodel.learns_from, family.teacher)
@@ -248,14 +254,15 @@ def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     calibration_passes = _CALIBRATION_PASSES.get(quantize.rounding, 0)
     trained, states = quantize.qad_steps * quantize.qad_batch_sequences * length, 0.0
     device: dict[str, float] = {}
+    if quantize.sensitivity_tokens:
+        device["quantize.sensitivity_tokens=0"] = _SENSITIVITY_BYTES_A_WEIGHT * sizes.params
     if trained:
-        device = _training_bytes(sizes, config, bf16, quantize.qad_batch_sequences)
+        device |= _training_bytes(sizes, config, bf16, quantize.qad_batch_sequences)
         device["quantize.qad_steps=0"] = 4.0 * sizes.params
         states = _state_bytes(sizes, config, quantize.qad_steps)
     return Needs(
         weights_bytes(sizes, config) + legacy,
-        _PROCESS_BYTES + (_SENSITIVITY_BYTES_A_WEIGHT * sizes.params if quantize.sensitivity_tokens else 0)
-        + (4.0 * sizes.hidden_size * calibrated if calibration_passes else 0.0)
+        _PROCESS_BYTES + (4.0 * sizes.hidden_size * calibrated if calibration_passes else 0.0)
         + quantize.workers * _QUANTIZE_BYTES_A_WORKER,
         scratch_bytes=(weights_bytes(sizes, config) if calibration_passes else 0.0) + states,
         device_bytes=device,
@@ -272,11 +279,13 @@ def _export(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     scratch = files if "tflite_legacy" in config.export.containers else 0.0
     if "onnx" in config.export.containers and codes < _LARGEST_EXACT_CHECK_BYTES:
         scratch = max(scratch, codes)
-    copies = len(config.export.containers) + len(training_containers(config))
+    copies, positions = len(config.export.containers) + len(training_containers(config)), config.export.parity_positions
+    whole = 8.0 * sizes.params if config.export.train_buckets and config.export.lora_targets else 0.0  # gradients
+    loaded = max(_runtime_bytes(codes), _streamed_bytes(sizes, positions), whole)
     return Needs(
-        files, _PROCESS_BYTES + sizes.params * (1 + 4.0 + 4) + config.export.parity_positions * sizes.vocab_size * 8,
+        files, _PROCESS_BYTES + loaded + positions * sizes.vocab_size * 8,
         scratch_bytes=scratch, fixed_s=_PROCESS_S / 2 + copies * _WRITE_S_A_WEIGHT * sizes.params,
-        host_flops=2 * copies * config.export.parity_positions * sizes.forward_flops(1),
+        host_flops=2 * copies * positions * sizes.forward_flops(1),
     )  # fmt: skip
 
 
@@ -288,12 +297,19 @@ def _evaluate(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     )
     length = min(config.distill.sequence_tokens, config.export.context_tokens)
     tokens, asked = runtime.evaluation_sequences * length, runtime.task_tokens
-    # The student reads what the files read, and the tasks once more; the teacher reads the tasks, on the GPU.
-    read = (2 * tokens + asked) * containers + asked
+    # The student reads all once, with one layer in memory, unless it has to write; the head once more for every file.
+    head = 10.0 * min(_STREAMED_HEAD_WEIGHTS, sizes.vocab_size * sizes.hidden_size)
+    opened = _runtime_bytes(weights_bytes(sizes, config)) + head + 4.0 * sizes.hidden_size * tokens
+    held = max(_streamed_bytes(sizes, max(tokens, asked)), opened)
+    if runtime.task_files or runtime.harness_tasks:
+        held = max(held, 4.0 * sizes.params)
+    logits = max(_READ_BYTES, (6.0 * 4 * length + 6.0 * 8 * _COMPARED_POSITIONS) * sizes.vocab_size)
+    taught = 0.0 if config.submodel.whole else asked * family.teacher.forward_flops(length)
     return Needs(
-        1e5, _PROCESS_BYTES + 8.0 * sizes.params + max(_READ_BYTES, 3.0 * length * sizes.vocab_size * 4),
-        device_bytes={"teacher.load": _teacher_bytes(config, family.teacher)},
-        forward_flops=asked * family.teacher.forward_flops(length), host_flops=read * sizes.forward_flops(length),
+        1e5, _PROCESS_BYTES + held + logits,
+        device_bytes={} if config.submodel.whole else {"teacher.load": _teacher_bytes(config, family.teacher)},
+        forward_flops=taught + (tokens + asked) * sizes.forward_flops(length),
+        host_flops=containers * ((tokens + asked) * sizes.forward_flops(length) + tokens * sizes.head_flops),
         fixed_s=_PROCESS_S * containers,
     )  # fmt: skip
 
@@ -370,6 +386,25 @@ def _forward_bytes(sizes: ModelSizes, tokens: int, config: Config) -> float:
     """Activations of one layer, and the residual stream."""
     width = 4.0 if getattr(config.teacher, "load", "fp32") == "fp32" else 2.0
     return width * tokens * (4 * sizes.hidden_size + 3 * sizes.intermediate_size)
+
+
+def _streamed_bytes(sizes: ModelSizes, tokens: int) -> float:
+    """What computes logits with one layer, or a part of the head, in memory: weights as stored and in fp32, states."""
+    activations = 4.0 * min(tokens, _STREAMED_TOKENS) * (4 * sizes.hidden_size + 3 * sizes.intermediate_size)
+    head = 10.0 * min(_STREAMED_HEAD_WEIGHTS, sizes.vocab_size * sizes.hidden_size)
+    return max(6.0 * sizes.layer_params + activations, head) + 4.0 * sizes.hidden_size * tokens
+
+
+def _runtime_bytes(codes_bytes: float) -> float:
+    """An open package: its codes, and what the runtime packs of them."""
+    return 1.15 * codes_bytes
+
+
+def _taken_bytes(config: Config, sizes: ModelSizes) -> float:
+    """Of a checkpoint taken over: nothing where it lies on the run's disk, which shares the files."""
+    path = getattr(config.teacher, "path", None)
+    shares = path is None or located(path).stat().st_dev == PROJECT.stat().st_dev
+    return 1e5 if shares else 2.0 * sizes.params
 
 
 def _states(config: Config, steps: int) -> int:

@@ -32,6 +32,8 @@ _ADVICE = {
     "distill.micro_sequences, or distill.recompute=true": "distill.micro_sequences=1, then distill.recompute=true",
     "distill.chunk_tokens": "a lower distill.chunk_tokens",
     "distill.sequence_tokens": "a lower distill.sequence_tokens",
+    "quantize.sensitivity_tokens=0": "quantize.sensitivity_tokens=0",
+    "quantize.qad_steps=0": "quantize.qad_steps=0",
     "submodel.learns_from": "submodel.learns_from=teacher with distill.signal=stored",
 }
 Chosen = Sequence[tuple[Stage, Config]]
@@ -237,11 +239,11 @@ def _warnings(running: Sequence[tuple[str, Needs]], machine: Machine, layout: La
     free, needed = shutil.disk_usage(existing).free, _disk_bytes([needs for _, needs in running])
     if needed > free:
         label, greediest = max(running, key=lambda each: each[1].disk_bytes + each[1].scratch_bytes)
-        where = (
-            "a higher distill.checkpoint_every_steps, or fewer submodels at a time (submodel=NAME)"
-            if greediest.scratch_bytes > greediest.disk_bytes
-            else "fewer distill.target_tokens, or fewer submodels at a time (submodel=NAME)"
-        )
+        if greediest.scratch_bytes > greediest.disk_bytes:
+            where = "a higher distill.checkpoint_every_steps"
+        else:
+            where = "fewer distill.target_tokens" if label == "targets" else "fewer export.containers"
+        where += ", or fewer submodels at a time (submodel=NAME)"
         yield f"warning: {_size(needed)} of disk are needed, {_size(free)} are free, most for {label}: try {where}"
 
 

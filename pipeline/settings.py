@@ -146,6 +146,7 @@ class SubmodelConfig(_Strict):
     checkpoint: Path | None = None
     vocab_coverage: Ratio | None = None
     vocab_size: Annotated[int, Field(ge=256)] | None = None
+    whole: bool = False
 
     @property
     def trims(self) -> bool:
@@ -156,6 +157,10 @@ class SubmodelConfig(_Strict):
     def _check(self) -> SubmodelConfig:
         if self.checkpoint is not None and self.cut_from != "teacher":
             raise ValueError("checkpoint and cut_from both say what it starts from; give one of them")
+        if self.whole and self != SubmodelConfig.model_construct(
+            name=self.name, width=1.0, ffn=1.0, heads=1.0, depth=1.0, whole=True
+        ):
+            raise ValueError("whole is the teacher as it is; leave the ratios at 1.0 and all other settings out")
         return self
 
 
@@ -190,7 +195,7 @@ class DistillConfig(_Strict):
     precision: Literal["auto", "bf16", "fp32"]
     checkpoint_every_steps: Count
     from_scratch_baseline: bool
-    signal: Literal["stored", "online"]
+    signal: Literal["stored", "online", "none"]
     loss: Literal["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "jsd", "aligned"]
     temperature: Annotated[float, Field(gt=0, le=100)]
     beta: Annotated[float, Field(ge=0, le=1)]
@@ -386,6 +391,8 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.distill.signal == "none" and not self.submodel.whole:
+            raise ValueError("distill.signal: none teaches nobody; choose stored or online, or submodel=whole")
         if self.quantize.bits == 8 and "tflite" in self.export.containers:
             raise ValueError("export.containers: tflite holds 4-bit codes; with quantize=int8 leave it out")
         if self.quantize.group != 32 and "tflite" in self.export.containers:

@@ -74,6 +74,16 @@ class ModelSizes:
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.normed_heads else 0)
         return self.num_hidden_layers * (biases + norms) + self.hidden_size
 
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        return (self.params - self.embedding_params - self.hidden_size) // self.num_hidden_layers
+
+    @property
+    def head_flops(self) -> float:
+        """Operations a token of the output matrix."""
+        return 2.0 * self.vocab_size * self.hidden_size
+
     def forward_flops(self, sequence_tokens: int) -> float:
         """Operations a token of a forward pass: a third of what ``speed.training_flops_per_token`` says of training."""
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
@@ -122,7 +132,9 @@ def family_sizes(configs: Mapping[str, Config], steps: tuple[ChainStep, ...]) ->
     submodels: dict[str, ModelSizes] = {}
     for step in steps:
         submodel = configs[step.name].submodel
-        if submodel.checkpoint is not None:
+        if submodel.whole:
+            submodels[step.name] = teacher
+        elif submodel.checkpoint is not None:
             found = _read_sizes(located(submodel.checkpoint), f"submodel {step.name}: checkpoint")
             shapes[step.name] = StudentShape(
                 found.hidden_size, found.intermediate_size, found.num_key_value_heads, found.num_hidden_layers

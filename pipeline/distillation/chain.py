@@ -26,6 +26,7 @@ class Start(StrEnum):
 
     PRUNED = "pruned"
     CHECKPOINT = "checkpoint"
+    WHOLE = "whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Link:
         checkpoint: An existing small checkpoint to start from instead.
         learns_from: Whose distribution it learns: ``teacher`` or the name of another submodel.
         trims: Whether it keeps a part of the vocabulary only.
+        whole: It is the teacher itself.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Link:
     checkpoint: Path | None = None
     learns_from: str = TEACHER
     trims: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,9 @@ class ChainStep:
 
     Attributes:
         name: Of the submodel.
-        start: Cut out of ``initialiser``, or a checkpoint.
+        start: Cut out of ``initialiser``, a checkpoint, or the teacher as it is.
         initialiser: The model it is cut from, and on which importance is measured: ``teacher``, the name of a student
-            that an earlier step trained, or None where it starts from a checkpoint.
+            that an earlier step trained, or None where nothing is cut.
         checkpoint: Its first weights where ``start`` says so.
         learns_from: Whose distribution it learns.
         needs: Submodels that must be trained before, in the family's order.
@@ -97,9 +100,9 @@ def plan_chain(links: Sequence[Link]) -> tuple[ChainStep, ...]:
         ready = next((link for link in links if link.name not in steps and steps.keys() >= set(needs[link.name])), None)
         if ready is None:
             raise UserError("submodel.cut_from", _cycle(needs, steps), "a chain that begins at the teacher")
-        initialiser = None if ready.checkpoint else ready.cut_from
+        initialiser = None if ready.checkpoint or ready.whole else ready.cut_from
         depth = 0 if initialiser is None else 1 + (0 if initialiser == TEACHER else steps[initialiser].depth)
-        start = Start.CHECKPOINT if ready.checkpoint else Start.PRUNED
+        start = Start.WHOLE if ready.whole else Start.CHECKPOINT if ready.checkpoint else Start.PRUNED
         steps[ready.name] = ChainStep(
             ready.name, start, initialiser, ready.checkpoint, ready.learns_from, needs[ready.name], depth
         )
@@ -164,6 +167,9 @@ def describe_chain(steps: Sequence[ChainStep], *, stored: bool = True) -> list[s
     """
     lines = []
     for step in steps:
+        if step.start == Start.WHOLE:
+            lines.append(f"{step.name}: the teacher itself, nothing cut, nothing learned")
+            continue
         if step.initialiser is None:
             origin = f"starts from {step.checkpoint}, nothing measured"
         else:

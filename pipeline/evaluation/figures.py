@@ -13,6 +13,18 @@ FloatArray = NDArray[np.float32]
 _CHUNK_POSITIONS = 128  # whose probabilities exist in double precision at a time
 
 
+def perplexity_alone(held_out: HeldOut, logits: Iterable[FloatArray]) -> dict[str, float]:
+    """``perplexity`` and ``bits_per_byte`` of (T, V) logits a sequence, one sequence held at a time."""
+    losses = []
+    for tokens, row in zip(held_out.tokens, logits, strict=True):
+        for start in range(0, len(tokens) - 1, _CHUNK_POSITIONS):
+            following = tokens[start + 1 : start + 1 + _CHUNK_POSITIONS]
+            log_q = log_softmax(row[start : start + len(following)])
+            losses.append(-log_q[np.arange(len(following)), following])
+    perplexity = float(np.exp(np.concatenate(losses).mean()))
+    return {"perplexity": round(perplexity, 4), "bits_per_byte": round(held_out.bits_per_byte(perplexity), 4)}
+
+
 def quality(held_out: HeldOut, reference: Iterable[FloatArray], found: Iterable[FloatArray]) -> dict[str, float | None]:
     """Figures of (T, V) logits a sequence, one sequence of both held at a time.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from edge_runtime.formats.errors import UserError
 from edge_runtime.formats.manifest import AdapterSlots, Manifest
 from edge_runtime.formats.package import seal_package
 from edge_runtime.formats.signing import signing_key
-from pipeline.artifacts import PROJECT, file_digest, read_json
+from pipeline.artifacts import PROJECT, file_digest, link_or_copy, read_json
 from pipeline.settings import RUN_CONTAINERS, Config
 
 EXPORT_FILE = "export.json"
@@ -101,12 +100,5 @@ def copy_exports(exports: Path, package: Path, *, link: bool) -> None:
         exports,
         package,
         ignore=shutil.ignore_patterns(EXPORT_FILE),
-        copy_function=_link if link else shutil.copy2,
+        copy_function=link_or_copy if link else shutil.copy2,
     )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

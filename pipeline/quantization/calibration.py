@@ -8,9 +8,10 @@ inputs that it will have in the quantized model. Matrices with the same input (q
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.distillation.checkpoint_files import read_config, require_finite
 from pipeline.quantization.gptq import accumulate_hessian, make_hessian
 from pipeline.quantization.scales import unpack
-from pipeline.quantization.source import Checkpoint
+from pipeline.quantization.source import Checkpoint, read_rows, row_blocks
 
 STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of a layer in the order of the forward pass; those of one step have the same input."""
@@ -54,13 +55,14 @@ class Decoder:
     dtype: torch.dtype
 
     @classmethod
-    def open(cls, source: Checkpoint, device: torch.device | str = "cpu") -> Decoder:
-        """Take an open checkpoint. It computes in bf16 on GPUs, else in fp32."""
+    def open(cls, source: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+        """Take an open checkpoint. Where no type is given it computes in bf16 on GPUs, else in fp32."""
         device = torch.device(device)
         with torch.device("meta"):
             model = _bare_model(source)
         rotary = type(model.model.rotary_emb)(config=model.config).to(device)
-        return cls(source, model, rotary, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return cls(source, model, rotary, device, dtype or usual)
 
     @property
     def num_layers(self) -> int:
@@ -95,19 +97,26 @@ def load_model(source: Checkpoint, device: torch.device | str = "cpu") -> Any:
     return model.to(device)
 
 
-@torch.no_grad()
 def embed(decoder: Decoder, tokens: NDArray[np.int32], embedding: QuantizedTensor | None) -> list[torch.Tensor]:
     """The first layer's input for sequences (S, T), in batches (B, T, H) in host memory; from codes, or as stored."""
-    ids, places = np.unique(tokens, return_inverse=True)
-    if embedding is None:
-        rows = decoder.read(f"{EMBEDDING}.weight")[torch.from_numpy(ids.astype(np.int64))]
-    else:
-        chosen = QuantizedTensor(embedding.packed[ids], embedding.scales[ids], embedding.bits, embedding.columns)
-        rows = unpack(chosen)
-    rows = rows.to(decoder.dtype)
     span = max(1, _BATCH_TOKENS // tokens.shape[1])
-    batches = torch.from_numpy(places.reshape(tokens.shape)).split(span)
-    return [_pinned(rows[batch], decoder.device) for batch in batches]
+    return embed_batches(decoder, [tokens[at : at + span] for at in range(0, len(tokens), span)], embedding)
+
+
+@torch.no_grad()
+def embed_batches(
+    decoder: Decoder, batches: Sequence[NDArray[np.int32]], embedding: QuantizedTensor | None
+) -> list[torch.Tensor]:
+    """As ``embed``, of batches (B, T) of any lengths; rows that no token has are not kept."""
+    ids = np.unique(np.concatenate([batch.ravel() for batch in batches]))
+    if embedding is None:
+        rows = _embedding_rows(decoder, ids)
+    else:
+        scales = embedding.scales if len(embedding.scales) == 1 else embedding.scales[ids]
+        rows = unpack(QuantizedTensor(embedding.packed[ids], scales, embedding.bits, embedding.columns))
+    rows = rows.to(decoder.dtype)
+    places = (torch.from_numpy(np.searchsorted(ids, batch)) for batch in batches)
+    return [_pinned(rows[place], decoder.device) for place in places]
 
 
 @torch.no_grad()
@@ -145,9 +154,8 @@ def quantize_layer(
 @torch.no_grad()
 def pass_layer(decoder: Decoder, index: int, hidden: list[torch.Tensor], weights: LayerWeights | None = None) -> None:
     """Put a layer's output in the place of its input: with weights that were quantized before, or with its own."""
-    layer, prefix = _loaded(decoder, index)
-    if weights is not None:
-        _replace(decoder, layer, prefix, {k: v for k, v in weights.items() if isinstance(v, QuantizedTensor)})
+    made = {name: value for name, value in (weights or {}).items() if isinstance(value, QuantizedTensor)}
+    layer, _ = _loaded(decoder, index, made)
     _advance(decoder, layer, hidden)
 
 
@@ -172,14 +180,28 @@ def _bare_model(source: Checkpoint) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
 
 
+def _embedding_rows(decoder: Decoder, ids: NDArray[np.int32]) -> torch.Tensor:
+    """Rows of ids that grow, without the whole matrix in memory."""
+    tensor = decoder.source.tensors[f"{EMBEDDING}.weight"]
+    blocks = [(start, ids[slice(*np.searchsorted(ids, (start, stop)))]) for start, stop in row_blocks(tensor)]
+    found = [read_rows(tensor, int(start), int(here[-1]) + 1)[here - start] for start, here in blocks if len(here)]
+    return torch.from_numpy(np.concatenate(found))
+
+
 class _Seen(Exception):  # ends a forward pass of which no more is needed
     pass
 
 
-def _loaded(decoder: Decoder, index: int) -> tuple[Any, str]:
+def _loaded(
+    decoder: Decoder, index: int, made: Mapping[str, QuantizedTensor] = MappingProxyType({})
+) -> tuple[Any, str]:
+    """A layer and the beginning of its weights' names; what was made of a weight stands in its place."""
     layer, prefix = decoder.model.model.layers[index], f"model.layers.{index}."
-    names = [name for name, _ in layer.named_parameters()]
-    state = {name: decoder.read(f"{prefix}{name}").to(decoder.device, decoder.dtype) for name in names}
+    state = {}
+    for name, _ in layer.named_parameters():
+        given = made.get(f"{prefix}{name}")
+        value = decoder.read(f"{prefix}{name}") if given is None else unpack(given, decoder.device)
+        state[name] = value.to(decoder.device, decoder.dtype)
     layer.load_state_dict(state, assign=True)
     return layer, prefix
 

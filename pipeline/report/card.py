@@ -66,8 +66,9 @@ def _front_matter() -> list[str]:
 
 
 def _summary(name: str, submodel: Mapping[str, Any]) -> str:
+    origin = "its teacher itself" if submodel.get("whole") else "distilled from a larger teacher"
     return (
-        f"Submodel `{name}`: {format_count(submodel['params'])} parameters, distilled from a larger teacher, "
+        f"Submodel `{name}`: {format_count(submodel['params'])} parameters, {origin}, "
         "quantized after training and exported for ONNX Runtime and TFLite."
     )
 

@@ -1,10 +1,12 @@
 """distill: a student, cut out of its teacher or of a larger student, learns what the teacher says.
 
-The same shape trained from scratch on the same tokens is the baseline; it is measured, not kept.
+The same shape trained from scratch on the same tokens is the baseline; it is measured, not kept. A submodel that is the
+teacher itself is taken over, and nothing is learned.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import StageRun, tree_digest, write_json
@@ -16,6 +18,19 @@ if TYPE_CHECKING:
 
 def run(run: StageRun) -> None:
     """Write the student as an ordinary Hugging Face checkpoint."""
+    from pipeline.distillation.parallel import join_processes
+
+    if not run.config.submodel.whole:
+        _learn(run)
+    elif join_processes().index == 0:
+        from pipeline.distillation.teachers import read_source
+        from pipeline.distillation.whole import take_whole
+
+        taken = take_whole(Path(read_source(run.layout.teacher).path), run.output)
+        write_json(run.layout.metrics("distill", run.submodel), taken)
+
+
+def _learn(run: StageRun) -> None:
     from pipeline.distillation.from_config import loss_settings, train_plan
     from pipeline.distillation.long_phase import learn_long_context, require_context
     from pipeline.distillation.objectives import text_objective

@@ -7,18 +7,19 @@ gate's verdict is part of the result.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.formats.decoder import DecoderSpec
 from pipeline.artifacts import StageRun, read_json, write_json
 from pipeline.distillation.scoring import HeldOut
 from pipeline.evaluation.exam import Exam, flips, recovery_reasons, recovery_table, sit
-from pipeline.evaluation.figures import quality
+from pipeline.evaluation.figures import perplexity_alone, quality
 from pipeline.evaluation.preparation import make_exam, teacher_answers
-from pipeline.evaluation.questions import Answers
+from pipeline.evaluation.questions import Answers, FloatArray
 from pipeline.evaluation.readers import PipedReader, Reader, TorchReader, open_reader
 from pipeline.evaluation.recovery import Bounds
 from pipeline.export.assembly import EXPORT_FILE, WEIGHTS_FILE, legacy_python, trial_package
@@ -26,6 +27,9 @@ from pipeline.export.checkpoint import load_student
 from pipeline.export.parity import run_bench, run_edge
 from pipeline.progress import progress
 from pipeline.settings import GateConfig
+
+if TYPE_CHECKING:
+    from pipeline.quantization.streamed_logits import StreamedModel
 
 _BENCH_PROMPT_TOKENS = 32
 
@@ -37,12 +41,14 @@ def run(run: StageRun) -> None:
         read_json(run.layout.metrics(stage, run.submodel)) for stage in ("quantize", "export", "distill")
     )
     packages, samples = dict[str, Any](), dict[str, str]()
-    exam, student = make_exam(run), load_student(run.layout.student(run.submodel))
-    fp, found = sit(exam, TorchReader(student)), dict[str, dict[str, Answers]]()
+    exam, found = make_exam(run), dict[str, dict[str, Answers]]()
+    fp = _read_student(run, exam)
+    if config.submodel.whole:
+        distilled |= perplexity_alone(fp.held_out, fp.logits())
     with _trial(run) as package, progress(f"evaluate {run.submodel}", len(config.export.run_containers)) as report:
         for done, container in enumerate(config.export.run_containers, 1):
             with _reader(run, package, container) as reader:
-                figures = _quality(run, student, reader)
+                figures = _quality(run, fp, reader)
                 if container in config.gate.containers:
                     found[container] = sit(exam, reader)
             packages[container] = {**exported[container], **figures, **_speed(run, package, container)}
@@ -54,6 +60,7 @@ def run(run: StageRun) -> None:
     scratch = distilled.get("from_scratch", {})
     result = {
         "params": quantized["params"],
+        "whole": config.submodel.whole,
         "fp16_weight_bytes": quantized["fp16_weight_bytes"],
         **{name: quantized[name] for name in ("sensitivity",) if name in quantized},
         "perplexity_fp": distilled["perplexity"],
@@ -63,10 +70,11 @@ def run(run: StageRun) -> None:
         "kl_to_teacher_from_scratch": scratch.get("kl_to_teacher"),
         "kept_share": distilled["kept_share"],
         "packages": packages,
-        "recovery": _recovery(run, exam, fp, found),
+        "recovery": _recovery(run, exam, fp.answers, found),
         "samples": samples,
     }
-    reasons = gate_reasons(result, config.gate)
+    beats = config.gate.beats_from_scratch and not config.submodel.whole  # of which nothing was trained
+    reasons = gate_reasons(result, config.gate.model_copy(update={"beats_from_scratch": beats}))
     result["gate"] = {"passed": not reasons, "reasons": reasons}
     write_json(run.output / "evaluation.json", result)
     write_json(run.layout.metrics("evaluate", run.submodel), result)
@@ -101,6 +109,34 @@ def gate_reasons(result: dict[str, Any], gate: GateConfig) -> list[str]:
     return reasons
 
 
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """The student before 4 bits: what it answered, and what its head multiplies on held-out text."""
+
+    model: StreamedModel
+    answers: Mapping[str, Answers]
+    held_out: HeldOut
+    states: Sequence[Any]
+
+    def logits(self) -> Iterator[FloatArray]:
+        """(T, V) of each held-out sequence."""
+        return self.model.logits(self.states)
+
+
+def _read_student(run: StageRun, exam: Exam) -> _Student:
+    """With one layer in memory, except where answers are written: token by token only the whole model does that."""
+    from pipeline.quantization.source import open_checkpoint
+    from pipeline.quantization.streamed_logits import StreamedModel
+
+    folder, context_tokens = run.layout.student(run.submodel), run.config.export.context_tokens
+    source = open_checkpoint(folder, context_tokens, 1, f"student {run.submodel}")
+    model = StreamedModel.open(source)
+    writes = exam.worked or exam.harness is not None
+    answers = sit(exam, TorchReader(load_student(folder)) if writes else model)
+    held_out = HeldOut.open(run.layout.sequences(run.submodel), context_tokens)
+    return _Student(model, answers, held_out, model.states(list(held_out.tokens)))
+
+
 @contextmanager
 def _trial(run: StageRun) -> Iterator[Path]:
     weights = run.layout.weights(run.submodel) / WEIGHTS_FILE
@@ -120,12 +156,12 @@ def _reader(run: StageRun, package: Path, container: str) -> Iterator[Reader]:
         yield reader
 
 
-def _quality(run: StageRun, student: Any, reader: Reader) -> dict[str, float | None]:
-    from pipeline.distillation.recording import model_logits
-
-    held_out = HeldOut.open(run.layout.sequences(run.submodel), run.config.export.context_tokens)
-    found = (logits for _, logits in reader.rows(list(held_out.tokens)))
-    return quality(held_out, model_logits(student, held_out.tokens), found)
+def _quality(run: StageRun, fp: _Student, reader: Reader) -> dict[str, float | None]:
+    found = (logits for _, logits in reader.rows(list(fp.held_out.tokens)))
+    figures = quality(fp.held_out, fp.logits(), found)
+    if run.config.submodel.whole:  # the student is the teacher
+        figures |= {"kl_to_teacher": figures["kl_to_fp"], "top1_to_teacher": figures["top1_to_fp"]}
+    return figures
 
 
 def _speed(run: StageRun, package: Path, container: str) -> dict[str, float]:
@@ -161,11 +197,15 @@ def _recovery(
     run: StageRun, exam: Exam, fp: Mapping[str, Answers], found: Mapping[str, Mapping[str, Answers]]
 ) -> dict[str, Any]:
     gate = run.config.gate
+    if run.config.submodel.whole:
+        teacher: Mapping[str, Any] = {task: answers.correct for task, answers in fp.items()}
+    else:
+        teacher = teacher_answers(run, exam)
     bounds = Bounds(gate.items_min, gate.above_chance_min, gate.confidence, gate.resamples, run.config.seed)
     return {
         "confidence": gate.confidence,
         "needed": gate.recovery_min,
         "tokens": exam.questions.tokens,
-        "tasks": recovery_table(exam, fp, teacher_answers(run, exam), found, bounds, gate.recovery_min),
+        "tasks": recovery_table(exam, fp, teacher, found, bounds, gate.recovery_min),
         "flips": {container: flips(exam, fp, answers) for container, answers in found.items()},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,13 @@ def run(run: StageRun) -> None:
             report(done, container)
     tokens = _parity_tokens(run)
     metrics["training"] = _write_training(run, weights_dir / WEIGHTS_FILE, tokens)
+    dequantized = cache(partial(_dequantized_logits, run, tokens))  # once for all files of the same codes
     for container in config.export.containers:
         if container == "gguf" or (
             container not in RUN_CONTAINERS and metrics[container]["weight_bytes"] >= _EXACT_CHECK_BYTES
         ):
             continue  # its own reader has compared every code; no runtime for it here
-        expected = _dequantized_logits(run, weights_dir / sources[container], tokens)
+        expected = dequantized(weights_dir / sources[container])
         found = _shipped_logits(run, container, tokens)
         metrics[container] |= require_parity(container, _rows(expected), _rows(found)).to_dict()
         if container == config.export.run_containers[0]:
@@ -208,13 +210,17 @@ def _parity_tokens(run: StageRun) -> NDArray[np.int32]:
     return tokens
 
 
-def _dequantized_logits(run: StageRun, source: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    from pipeline.distillation.recording import model_logits
+def _dequantized_logits(run: StageRun, tokens: NDArray[np.int32], codes: Path) -> NDArray[np.float32]:
+    """(S, T, V): what the codes mean, computed in fp32 by torch with one layer in memory."""
+    from pipeline.quantization.source import open_checkpoint
+    from pipeline.quantization.streamed_logits import StreamedModel
 
-    _, weights = load_weights(source)
-    return np.stack(
-        list(model_logits(load_dequantized(load_student(run.layout.student(run.submodel)), weights), tokens))
+    spec, weights = load_weights(codes)
+    # Padded as the codes are: to one multiple of their own inner size.
+    source = open_checkpoint(
+        run.layout.student(run.submodel), spec.context_tokens, spec.intermediate_size, f"student {run.submodel}"
     )
+    return np.stack([logits.copy() for _, logits in StreamedModel.open(source, weights).rows(list(tokens))])
 
 
 def _shipped_logits(run: StageRun, container: str, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -49,6 +49,9 @@ def family_facts(run: StageRun) -> dict[str, Any]:
     """What a family's report says of the teacher, the data and the prompt."""
     targets, cleaned = read_json(run.layout.metrics("targets")), read_json(run.layout.metrics("clean"))
     teacher = read_json(run.layout.metrics("teacher"))
+    if targets["perplexity"] is None:  # nobody learned: the teacher was measured as a submodel
+        own = read_json(run.layout.evaluation(run.submodel) / "evaluation.json")
+        targets |= {figure: own[f"{figure}_fp"] for figure in ("perplexity", "bits_per_byte")}
     return {
         "teacher": {
             "origin": teacher["origin"],

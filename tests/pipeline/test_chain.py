@@ -21,6 +21,12 @@ CHAIN = [
 ]
 
 
+def test_a_whole_teacher_is_cut_from_nothing_and_waits_for_nobody() -> None:
+    (whole, small) = plan_chain([Link("whole", whole=True), Link("small")])
+    assert (whole.start, whole.initialiser, whole.needs, whole.depth) == (Start.WHOLE, None, (), 0)
+    assert describe_chain([whole, small])[0] == "whole: the teacher itself, nothing cut, nothing learned"
+
+
 def test_each_student_of_a_chain_comes_after_the_one_it_is_cut_from() -> None:
     for order in itertools.permutations(CHAIN):
         steps = plan_chain(order)

@@ -25,11 +25,11 @@ ONE = "submodel=tiny"
         ("distill.stepz=3", "distill.stepz: no such key; did you mean distill.steps?"),
         ("quantise=int4", "quantise: no such key; did you mean quantize?"),
         ("quantize=int5", "quantize: got 'int5', allowed: int4, int8; did you mean int8?"),
-        ("submodel=smal", "submodel: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny;"
+        ("submodel=smal", "submodel: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny, whole;"
                           " did you mean small?"),
         ("experiment=qwen", "experiment: got 'qwen', allowed: ci, demo, llama_7b, qwen2_5_7b"),
-        ("family=[base,smal]", "family: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny;"
-                               " did you mean small?"),
+        ("family=[base,smal]", "family: got 'smal', allowed: 0_5b, 1_5b, 3b, base, ci_small, ci_tiny, small, tiny,"
+                               " whole; did you mean small?"),
         ("+x.y=1", "+x.y=1: allowed: KEY=VALUE with a key that conf/ has"),
         ("~distill.steps", "~distill.steps: allowed: KEY=VALUE with a key that conf/ has"),
         ("distill.steps", "distill.steps: allowed: KEY=VALUE with a key that conf/ has"),
@@ -55,6 +55,10 @@ ONE = "submodel=tiny"
         ("distill.target_tokens=1000", "distill: target_tokens must hold one batch"),
         ("distill.hidden_weight=1", "distill: hidden_weight needs the teacher's states, which are not stored"),
         ("distill.sharding=ddp", "distill.sharding: got 'ddp', allowed: 'none' or 'fsdp'"),
+        ("distill.signal=none", "distill.signal: none teaches nobody; choose stored or online, or submodel=whole"),
+        ("submodel=whole submodel.width=0.5", "submodel: whole is the teacher as it is; leave the ratios at 1.0"),
+        ("submodel=whole submodel.checkpoint=x", "submodel: whole is the teacher as it is; leave the ratios at"),
+        ("submodel=whole submodel.vocab_coverage=0.9", "submodel: whole is the teacher as it is; leave the ratios"),
         ("data=local", "data.path: is missing; add data.path=VALUE"),
         ("teacher=hub", "teacher.name: is missing; add teacher.name=VALUE"),
     ],

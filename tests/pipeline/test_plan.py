@@ -147,6 +147,25 @@ def test_on_a_gpu_models_count_against_its_memory_and_its_rate(
     assert "its peak is not known here: as an H100" in capsys.readouterr().out
 
 
+def test_a_7b_taken_whole_fits_a_laptop_until_something_holds_all_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _path: Usage(2e11, 1e11, 1e11))
+
+    def printed(*overrides: str) -> str:
+        configs = load_configs(["experiment=qwen2_5_7b_whole", *overrides])
+        print_plan(list(planned(configs)), configs, Layout(tmp_path), with_dvc=False, machine=LAPTOP)
+        return capsys.readouterr().out
+
+    usual = printed()
+    assert "whole: the teacher itself, nothing cut, nothing learned (7.62 G parameters" in usual
+    assert "warning" not in usual
+    ranked = printed("quantize.sensitivity_tokens=1024")
+    assert re.search(r"warning: quantize whole needs up to .* try quantize.sensitivity_tokens=0$", ranked, re.M)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _path: Usage(2e10, 1e10, 1e10))
+    assert re.search(r"warning: 5\d\.\d GB of disk are needed.*try fewer export\.containers", printed())
+
+
 def test_this_machine_is_looked_at(demo: dict[str, Config]) -> None:
     import psutil
     import torch
