@@ -40,7 +40,7 @@ ENVIRONMENTS = {
     "torchao": "torchao==0.18.0",
     "auto-round": "auto-round==0.16.1",
     "hqq": "hqq==0.2.8.post1",
-    "onnxruntime": "onnxruntime==1.31.1, onnx-ir",
+    "onnxruntime": "onnxruntime==1.32.0, onnx-ir",
     "llama.cpp": None,
 }
 PEERS = (
