@@ -27,15 +27,10 @@ from benchmarks.quantization_evaluation import Figures, evaluate_weights, held_o
 from edge_runtime.formats.decoder import EMBEDDING
 from edge_runtime.formats.int4 import QuantizedTensor
 from pipeline.distillation.batches import Sequences
-from pipeline.distillation.divergences import LossKind
-from pipeline.distillation.hidden_losses import hidden_term
-from pipeline.distillation.objectives import LossSettings, signal_objective
-from pipeline.distillation.signals import OnlineSource
-from pipeline.distillation.trainer import TrainPlan, train
+from pipeline.distillation.trainer import TrainPlan
 from pipeline.quantization.calibrated import Calibration, quantize_calibrated
-from pipeline.quantization.calibration import load_model
+from pipeline.quantization.distilled import Distillation, distil_codes
 from pipeline.quantization.grid import Grid
-from pipeline.quantization.qad import QuantizedStudent, quantized_objective, trained_codes
 from pipeline.quantization.scales import candidates, nearest, pack, quantize_weighted
 from pipeline.quantization.source import Checkpoint, open_checkpoint
 
@@ -95,9 +90,11 @@ def codes_of(trial: Trial, grid: Grid, method: str, seed: int) -> Codes:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """How ``codes_of`` calibrates and distils."""
     parser.add_argument("--calibration-sequences", type=int, default=128)
-    parser.add_argument("--qad-steps", type=int, default=200)
+    parser.add_argument("--qad-rounds", type=int, default=3)
+    parser.add_argument("--qad-steps", type=int, default=100, help="a round")
+    parser.add_argument("--qad-scale-steps", type=int, default=100, help="afterwards, of the scales alone")
     parser.add_argument("--qad-batch-sequences", type=int, default=64)
-    parser.add_argument("--qad-learning-rate", type=float, default=0.005)
+    parser.add_argument("--qad-learning-rate", type=float, default=0.01)
     parser.add_argument("--qad-hidden-weight", type=float, default=30.0, help="of every layer's hidden states")
     parser.add_argument("--bf16", action="store_true", help="QAD multiplies in bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +121,8 @@ def _options() -> argparse.Namespace:
 def _prepare(directory: Path, options: argparse.Namespace) -> Trial:
     length = options.sequence_tokens
     source = open_checkpoint(directory, length, options.group)
-    wanted = max(options.calibration_sequences, options.qad_steps * options.qad_batch_sequences) * 2
+    steps = options.qad_rounds * options.qad_steps + options.qad_scale_steps
+    wanted = max(options.calibration_sequences, steps * options.qad_batch_sequences) * 2
     return Trial(
         directory, source, training_tokens(options.tokenizer, options.corpus, min(wanted, 8192), length),
         held_out_tokens(options.tokenizer, options.corpus, options.held_out_sequences, length), options,
@@ -162,18 +160,14 @@ def _distilled(trial: Trial, codes: Codes, grids: Mapping[str, Grid], seed: int,
     options = trial.options
     if options.float_embedding:
         codes = {name: tensor for name, tensor in codes.items() if not name.startswith(EMBEDDING)}
-    plan = TrainPlan(
+    training = TrainPlan(
         options.qad_steps, options.qad_batch_sequences, options.qad_learning_rate, weight_decay=0.0, warmup_ratio=0.05,
         bf16=options.bf16, seed=seed, checkpoint_every_steps=10**9,
     )  # fmt: skip
-    student = QuantizedStudent(load_model(trial.source, options.device), codes, grids)
-    teacher = load_model(trial.source, options.device)
-    weight, layers = options.qad_hidden_weight, trial.source.spec.num_layers
-    hidden = hidden_term(student.student, teacher, weight, layers) if weight else None
-    signal = OnlineSource.open(teacher, options.bf16)
-    objective = quantized_objective(signal_objective(signal, LossSettings(LossKind.FORWARD_KL), hidden))
-    train(student, objective, Sequences(trial.train), plan, work / "qad", "QAD")
-    return trained_codes(student)
+    plan = Distillation(training, options.qad_rounds, options.qad_scale_steps, options.qad_hidden_weight)
+    sequences = Sequences(trial.train)
+    found, _ = distil_codes(trial.source, codes, grids, sequences, plan, work / "qad", "QAD", device=options.device)
+    return {name: _copied(tensor) for name, tensor in found.items()}
 
 
 def _matrices(source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

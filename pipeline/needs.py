@@ -28,6 +28,7 @@ _CLEANED_BYTES_A_S = 1.2e6  # of one worker
 _TOKENIZER_BYTES_A_TOKEN = 60
 _HELD_OUT_DRAWS, _RECORDED_SEQUENCES, _RECORDED_POSITIONS = 64, 8, 1024  # as stages/targets.py has them
 RATIOS = "submodel.width and the other ratios"
+WITHOUT_QAD = "quantize.qad_steps=0 quantize.qad_scale_steps=0"
 _STATES_KEPT = 2  # while a third is written
 _ADAM_BYTES = 12  # a parameter of a training state: the weight and two moments
 _LARGEST_EXACT_CHECK_BYTES = 500e6
@@ -252,24 +253,26 @@ def _quantize(config: Config, family: FamilySizes, bf16: bool) -> Needs:
     passes = (7 * sizes.num_hidden_layers + 2) / 4 + (_CURVE_POINTS + 2) / 2
     calibrated = min(length, config.export.context_tokens) * quantize.calibration_sequences
     calibration_passes = _CALIBRATION_PASSES.get(quantize.rounding, 0)
-    trained, states = quantize.qad_steps * quantize.qad_batch_sequences * length, 0.0
+    steps = quantize.qad_rounds * quantize.qad_steps + quantize.qad_scale_steps
+    trained, scratch = steps * quantize.qad_batch_sequences * length, 0.0
     device: dict[str, float] = {}
     if quantize.sensitivity_tokens:
         device["quantize.sensitivity_tokens=0"] = _SENSITIVITY_BYTES_A_WEIGHT * sizes.params
     if trained:
         device |= _training_bytes(sizes, config, bf16, quantize.qad_batch_sequences)
-        device["quantize.qad_steps=0"] = 4.0 * sizes.params
-        states = _state_bytes(sizes, config, quantize.qad_steps)
+        device[WITHOUT_QAD] = 4.0 * sizes.params
+        longest = max(quantize.qad_steps, quantize.qad_scale_steps)
+        scratch = _state_bytes(sizes, config, longest) + 2 * weights_bytes(sizes, config)  # of two rounds, for a moment
     return Needs(
         weights_bytes(sizes, config) + legacy,
         _PROCESS_BYTES + (4.0 * sizes.hidden_size * calibrated if calibration_passes else 0.0)
         + quantize.workers * _QUANTIZE_BYTES_A_WORKER,
-        scratch_bytes=(weights_bytes(sizes, config) if calibration_passes else 0.0) + states,
+        scratch_bytes=(weights_bytes(sizes, config) if calibration_passes else 0.0) + scratch,
         device_bytes=device,
         training_flops=trained * sizes.training_flops(length),
         forward_flops=passes * quantize.sensitivity_tokens * sizes.forward_flops(length)
         + (calibration_passes * calibrated + trained) * sizes.forward_flops(length),
-        fixed_s=_PROCESS_S + seconds, steps=quantize.qad_steps,
+        fixed_s=_PROCESS_S + seconds, steps=steps,
     )  # fmt: skip
 
 

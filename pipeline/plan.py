@@ -20,7 +20,7 @@ from pipeline.config import family_chain
 from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
 from pipeline.distillation.chain import describe_chain
 from pipeline.flow import SHIP, Stage, why_run
-from pipeline.needs import RATIOS, Needs, estimate, least_weights_bytes
+from pipeline.needs import RATIOS, WITHOUT_QAD, Needs, estimate, least_weights_bytes
 from pipeline.settings import CheckpointTeacher, Config, DataConfig
 from pipeline.sizes import FamilySizes, family_sizes
 
@@ -33,7 +33,7 @@ _ADVICE = {
     "distill.chunk_tokens": "a lower distill.chunk_tokens",
     "distill.sequence_tokens": "a lower distill.sequence_tokens",
     "quantize.sensitivity_tokens=0": "quantize.sensitivity_tokens=0",
-    "quantize.qad_steps=0": "quantize.qad_steps=0",
+    WITHOUT_QAD: WITHOUT_QAD,
     "submodel.learns_from": "submodel.learns_from=teacher with distill.signal=stored",
 }
 Chosen = Sequence[tuple[Stage, Config]]

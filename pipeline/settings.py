@@ -236,7 +236,9 @@ class QuantizeConfig(_Strict):
     rounding: Literal["rtn", "mse", "weighted_mse", "gptq"]
     workers: Annotated[int, Field(ge=1, le=256)]
     calibration_sequences: Annotated[int, Field(ge=1, le=65_536)]
+    qad_rounds: Annotated[int, Field(ge=1, le=1000)]
     qad_steps: Annotated[int, Field(ge=0)]
+    qad_scale_steps: Annotated[int, Field(ge=0)]
     qad_batch_sequences: Count
     qad_learning_rate: Rate
     qad_hidden_weight: Annotated[float, Field(ge=0, le=1000)]

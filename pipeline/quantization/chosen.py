@@ -24,7 +24,7 @@ _WARMUP_RATIO = 0.05
 
 def needs_text(settings: QuantizeConfig) -> bool:
     """Whether codes depend on more than the weights."""
-    return settings.rounding in CALIBRATED or settings.qad_steps > 0
+    return settings.rounding in CALIBRATED or _distils(settings)
 
 
 def choose_codes(
@@ -46,7 +46,11 @@ def choose_codes(
         codes = _calibrated(run, source, grids, sequences)
     else:
         codes = {name: _rounded(source, name, grid, settings.rounding) for name, grid in grids.items()}
-    return _distilled(run, source, codes, grids, sequences) if settings.qad_steps else (codes, {})
+    return _distilled(run, source, codes, grids, sequences) if _distils(settings) else (codes, {})
+
+
+def _distils(settings: QuantizeConfig) -> bool:
+    return settings.qad_steps + settings.qad_scale_steps > 0
 
 
 def _calibrated(
@@ -79,28 +83,20 @@ def _distilled(
     codes: Mapping[str, QuantizedTensor],
     grids: Mapping[str, Grid],
     sequences: Sequences,
-) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+) -> tuple[Mapping[str, QuantizedTensor], dict[str, Any]]:
     """Train codes towards the fp student, which runs beside them."""
-    from pipeline.distillation.divergences import LossKind
     from pipeline.distillation.from_config import train_plan, training_device
-    from pipeline.distillation.hidden_losses import hidden_term
-    from pipeline.distillation.objectives import LossSettings, signal_objective
-    from pipeline.distillation.signals import OnlineSource
-    from pipeline.distillation.trainer import train
-    from pipeline.quantization.calibration import load_model
-    from pipeline.quantization.qad import QuantizedStudent, quantized_objective, trained_codes
+    from pipeline.quantization.distilled import Distillation, distil_codes
 
     config, settings = run.config, run.config.quantize
-    plan = train_plan(config, settings.qad_steps, settings.qad_batch_sequences, settings.qad_learning_rate)
-    plan = replace(plan, weight_decay=0.0, warmup_ratio=_WARMUP_RATIO, bf16_weights=False, recompute=False)
-    model = QuantizedStudent(load_model(source, training_device()), codes, grids)
-    teacher, weight = load_model(source, training_device()), settings.qad_hidden_weight
-    hidden = hidden_term(model.student, teacher, weight, source.spec.num_layers) if weight else None
-    signal = OnlineSource.open(teacher, plan.bf16)
-    loss = LossSettings(LossKind.FORWARD_KL, chunk_tokens=config.distill.chunk_tokens)
+    training = train_plan(config, settings.qad_steps, settings.qad_batch_sequences, settings.qad_learning_rate)
+    training = replace(training, weight_decay=0.0, warmup_ratio=_WARMUP_RATIO, bf16_weights=False, recompute=False)
+    plan = Distillation(
+        training, settings.qad_rounds, settings.qad_scale_steps, settings.qad_hidden_weight, config.distill.chunk_tokens
+    )
     label = f"quantize {run.submodel}, QAD"
-    history = train(
-        model, quantized_objective(signal_objective(signal, loss, hidden)), sequences, plan, run.checkpoint / "qad",
-        label, identity=f"{settings.rounding} {weight}", observe=run.watch(label),
+    codes, history = distil_codes(
+        source, codes, grids, sequences, plan, run.checkpoint / "qad", label,
+        device=training_device(), observe=run.watch(label),
     )  # fmt: skip
-    return trained_codes(model), {"qad_history": history}
+    return codes, {"qad_history": history}

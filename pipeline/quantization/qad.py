@@ -34,15 +34,22 @@ class QuantizedStudent(nn.Module):
     ``growth``, how far each scale is from its start. Norms and biases stay: on the demo's students they won nothing.
     """
 
-    def __init__(self, student: Any, codes: Mapping[str, QuantizedTensor], grids: Mapping[str, Grid]) -> None:
-        """Take a model over, starting from codes of its matrices by name."""
+    def __init__(
+        self,
+        student: Any,
+        codes: Mapping[str, QuantizedTensor],
+        grids: Mapping[str, Grid],
+        *,
+        codes_learn: bool = True,
+    ) -> None:
+        """Take a model over, starting from codes of its matrices by name; these stay unless ``codes_learn``."""
         super().__init__()
         self.student, self.config, self.grids = student, student.config, {name: grids[name] for name in codes}
         self.growth = nn.ParameterDict()
         for parameter in student.parameters():
             parameter.requires_grad_(False)
         for name, tensor in codes.items():
-            parameter = student.get_parameter(name).requires_grad_()
+            parameter = student.get_parameter(name).requires_grad_(codes_learn)
             scales = torch.from_numpy(tensor.scales.astype(np.float32)).to(parameter.device)
             self.register_buffer(_key(name), scales, persistent=False)
             self.growth[_key(name)] = nn.Parameter(torch.zeros_like(scales))
@@ -101,10 +108,12 @@ class _FakeQuantize(torch.autograd.Function):
         return (_grouped(codes, grid.group) * rounded).flatten(1)[:, : places.shape[1]]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         inside, codes, scale = ctx.saved_tensors
         gradient = _grouped(gradients[0], ctx.group)
         of_scale = (gradient * _grouped(codes, ctx.group)).sum(dim=-1)
+        if not ctx.needs_input_grad[0]:
+            return None, of_scale, None
         return (gradient * scale).flatten(1)[:, : codes.shape[1]] * inside, of_scale, None
 
 

@@ -37,8 +37,9 @@ class Whole:
 def whole(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     """Beside the corpus and the teacher of the finished run; whoever loads a whole model fails."""
     layout = layout_beside(finished, tmp_path_factory.mktemp("whole") / "run")
-    overrides = ["submodel=whole", "distill.signal=none", "quantize.qad_steps=0", "quantize.sensitivity_tokens=0"]
-    overrides += ["quantize.rounding=mse", "export.train_buckets=[]", "gate.beats_from_scratch=true"]
+    overrides = ["submodel=whole", "distill.signal=none", "quantize.qad_steps=0", "quantize.qad_scale_steps=0"]
+    overrides += ["quantize.sensitivity_tokens=0", "quantize.rounding=mse", "export.train_buckets=[]"]
+    overrides += ["gate.beats_from_scratch=true"]
     config = load_configs(["experiment=ci", *overrides])["whole"]
     before = tree_digest(layout.teacher)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from edge_runtime.formats.decoder import DecoderSpec
-from edge_runtime.formats.int4 import QuantizedTensor, save_weights
+from edge_runtime.formats.int4 import QuantizedTensor, dequantize, save_weights
 from pipeline.export.checkpoint import float_weights, spec_of
 from pipeline.quantization.grid import fitting_group
 from pipeline.quantization.rounding import pad_intermediate, quantize_per_tensor, quantize_tensor
@@ -49,6 +50,17 @@ def expected_bytes(model: PreTrainedModel, path: Path, rounding: str, bits: int,
     spec, weights = in_memory(model, group or 32, quantize)
     save_weights(path, spec, weights)
     return path.read_bytes()
+
+
+@torch.no_grad()
+def divergence(model: PreTrainedModel, weights: Mapping[str, Any], tokens: NDArray[np.int32]) -> float:
+    """Mean KL at each position of (S, T) between a model, which is left as it is, and itself with its codes."""
+    quantized, ids = copy.deepcopy(model), torch.from_numpy(tokens.astype(np.int64))
+    codes = {name: value for name, value in weights.items() if isinstance(value, QuantizedTensor)}
+    for name, tensor in codes.items():
+        quantized.get_parameter(name).copy_(torch.from_numpy(dequantize(tensor)))
+    log_p, log_q = (each(ids).logits.log_softmax(-1) for each in (model, quantized))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:

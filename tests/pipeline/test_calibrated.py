@@ -20,6 +20,7 @@ from pipeline.quantization.scales import quantize_weighted
 from pipeline.quantization.source import Checkpoint, open_checkpoint
 
 from .conftest import VOCABULARY, MakeModel
+from .quantization_cases import divergence
 
 GRID = Grid(4, 32, True)
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (6, 40)).astype(np.int32)
@@ -42,15 +43,6 @@ def _logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(torch.from_numpy(TOKENS.astype(np.int64))).logits
     return logits
-
-
-def _divergence(source: Checkpoint, codes: Mapping[str, Any]) -> float:
-    model = load_model(source)
-    expected = _logits(model).log_softmax(-1)
-    with torch.no_grad():
-        for name in source.matrices:
-            model.get_parameter(name).copy_(torch.from_numpy(dequantize(codes[name])))
-    return float((expected.exp() * (expected - _logits(model).log_softmax(-1))).sum(-1).mean())
 
 
 @pytest.mark.parametrize(("architecture", "sizes"), CASES, ids=[case[0] for case in CASES])
@@ -106,7 +98,7 @@ def test_calibrated_codes_diverge_less_and_gptq_least(make_model: MakeModel, tmp
     decoder = Decoder.open(source)
     plain = {name: quantize_weighted(decoder.read(name), None, GRID) for name in source.matrices}
     weighted, gptq = (_quantize(source, tmp_path / rounding, rounding) for rounding in ("weighted_mse", "gptq"))
-    divergences = [_divergence(source, codes) for codes in (plain, weighted, gptq)]
+    divergences = [divergence(load_model(source), codes, TOKENS) for codes in (plain, weighted, gptq)]
     assert divergences[2] < 0.75 * divergences[1] < 0.75 * 1.05 * divergences[0]
     vectors = [name for name in source.tensors if name not in source.matrices]
     for name in vectors:

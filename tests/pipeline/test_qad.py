@@ -24,6 +24,7 @@ from pipeline.quantization.qad import QuantizedStudent, fake_quantized, quantize
 from pipeline.quantization.scales import quantize_weighted
 
 from .conftest import VOCABULARY, MakeModel
+from .quantization_cases import divergence
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (12, 24)).astype(np.int32)
 PLAN = TrainPlan(
@@ -44,16 +45,6 @@ def _train(student: QuantizedStudent, teacher: Any, folder: Path, plan: TrainPla
     term = hidden_term(student.student, teacher, hidden, len(teacher.model.layers)) if hidden else None
     objective = quantized_objective(signal_objective(source, LossSettings(LossKind.FORWARD_KL), term))
     return train(student, objective, Sequences(TOKENS), plan, folder, "test")
-
-
-def _divergence(teacher: Any, codes: dict[str, QuantizedTensor]) -> float:
-    found = copy.deepcopy(teacher)
-    ids = torch.from_numpy(TOKENS.astype(np.int64))
-    with torch.no_grad():
-        for name, tensor in codes.items():
-            found.get_parameter(name).copy_(torch.from_numpy(dequantize(tensor)))
-        log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (teacher, found))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32, True), Grid(4, 32, False), Grid(8, 32, True), Grid(4, 48, True)], ids=str)
@@ -104,10 +95,10 @@ def test_the_objective_sees_code_times_scale_everywhere(make_model: MakeModel) -
 def test_training_brings_it_nearer_to_its_float_self(make_model: MakeModel, tmp_path: Path) -> None:
     teacher = make_model(tie_word_embeddings=True, num_hidden_layers=2)
     student = _student(teacher, Grid(4, 32, True))
-    before = _divergence(teacher, trained_codes(student))
+    before = divergence(teacher, trained_codes(student), TOKENS)
     frozen = {name: value.clone() for name, value in teacher.named_parameters() if value.ndim < 2}
     _train(student, teacher, tmp_path)
-    assert _divergence(teacher, trained_codes(student)) < 0.75 * before
+    assert divergence(teacher, trained_codes(student), TOKENS) < 0.75 * before
     assert all((student.student.get_parameter(name) == value).all() for name, value in frozen.items())
 
 

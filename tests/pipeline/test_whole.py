@@ -73,6 +73,7 @@ def test_a_7b_fits_into_a_machine_of_16_gb_and_its_tokens_are_its_time() -> None
     [
         ("quantize", "quantize.sensitivity_tokens=1024"),
         ("quantize", "quantize.qad_steps=10"),
+        ("quantize", "quantize.qad_scale_steps=10"),
         ("export", "export.train_buckets=[64]"),
         ("evaluate", "runtime.task_files=[mine.jsonl]"),
     ],
