@@ -20,8 +20,10 @@ from pipeline.config import family_chain
 from pipeline.devices import FORWARD_SHARE, H100_PEAK_FLOPS, TRAINING_SHARE, Machine, look_at_machine, seconds
 from pipeline.distillation.chain import describe_chain
 from pipeline.flow import SHIP, Stage, why_run
-from pipeline.needs import RATIOS, WITHOUT_QAD, Needs, estimate, least_weights_bytes
-from pipeline.settings import CheckpointTeacher, Config, DataConfig
+from pipeline.model_bytes import RATIOS, least_weights_bytes
+from pipeline.needs import WITHOUT_QAD, Needs, estimate
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher, DataConfig
 from pipeline.sizes import FamilySizes, family_sizes
 
 _WORTH_A_GPU_S = 3600  # below, a GPU waits for its next launch, and no rate of large models says anything

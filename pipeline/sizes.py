@@ -15,7 +15,8 @@ from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import located
 from pipeline.distillation.chain import ChainStep, require_shrinking
 from pipeline.distillation.shapes import StudentShape, student_shape
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher
 
 _MOST_CONFIG_BYTES = 1 << 20
 _BIASED = ("qwen2",)  # model types whose q, k and v have biases whatever the configuration says

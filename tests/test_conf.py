@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from pipeline.config import CONF_DIR, load_configs
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher
 from server.config import load_federation
 
 FILES = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent.name != "federation")  # the server's, see below

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from pipeline.distillation.aligned_signal import AlignedLoss
 from pipeline.distillation.divergences import LossKind
 from pipeline.distillation.objectives import LossSettings
-from pipeline.distillation.trainer import TrainPlan, computes_bf16
+from pipeline.distillation.trainer import TrainPlan
 
 if TYPE_CHECKING:
     from pipeline.settings import Config
@@ -55,3 +56,18 @@ def loss_settings(config: Config) -> LossSettings | AlignedLoss:
     return LossSettings(
         kind, temperature=distill.temperature, beta=distill.beta, skew=distill.skew, chunk_tokens=distill.chunk_tokens
     )
+
+
+def computes_bf16(device: str = "cpu") -> bool:
+    """Whether a device multiplies bfloat16 itself; elsewhere it is emulated and slow.
+
+    Args:
+        device: ``cpu`` (AVX512-BF16 or AMX) or ``cuda``.
+    """
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -16,7 +16,7 @@ from pipeline.distillation.from_config import train_plan, uses_bf16
 from pipeline.distillation.needles import NeedleFormat, needle_format
 from pipeline.distillation.student_text import StudentText
 from pipeline.evaluation.long_context import AttentionPattern, needle_recall, perplexity_by_position
-from pipeline.settings import ContextConfig
+from pipeline.settings_training import ContextConfig
 
 _TOKENS_A_NEEDLE = 32  # with its question about half of them: the other half is text
 _DEPTHS, _TRIALS, _SINK_TOKENS = (0.0, 0.25, 0.5, 0.75, 1.0), 8, 4

@@ -39,7 +39,8 @@ from pipeline.distillation.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.settings import Config, SubmodelConfig
+    from pipeline.settings import Config
+    from pipeline.settings_training import SubmodelConfig
 
 _FIELD = "submodel.checkpoint"
 _TEMPLATE, _KEPT_IDS = "chat_template.jinja", "kept_ids.npy"

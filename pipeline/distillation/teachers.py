@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import PROJECT, located, read_json, write_json
-from pipeline.settings import CheckpointTeacher, FromScratchTeacher
+from pipeline.settings_training import CheckpointTeacher, FromScratchTeacher
 
 QUESTION_TEMPLATE = "Question: {{ messages[-1]['content'] }}\nAnswer:"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]

@@ -34,7 +34,6 @@ from pipeline.distillation.batches import (
 from pipeline.distillation.checkpoints import (
     History,
     TrainState,
-    discard_checkpoint,
     newest_state,
     open_state,
     state_writer,
@@ -59,7 +58,6 @@ from pipeline.distillation.parallel import (
 from pipeline.distillation.speed import Speedometer, describe, peak_flops, training_flops_per_token
 from pipeline.progress import progress
 
-__all__ = ["TrainPlan", "batch_rows", "computes_bf16", "discard_checkpoint", "learning_rate", "train"]
 Observer = Callable[[int, Mapping[str, float]], None]
 """(step, figures): loss, learning_rate, gradient_norm, and timings: tokens_per_s, mfu, memory_bytes, left_s."""
 
@@ -185,21 +183,6 @@ def train(
                 if step % plan.checkpoint_every_steps == 0 and step < plan.steps:
                     write(TrainState(step, list(history), _tensors(training)))
     return history
-
-
-def computes_bf16(device: str = "cpu") -> bool:
-    """Whether a device multiplies bfloat16 itself; elsewhere it is emulated and slow.
-
-    Args:
-        device: ``cpu`` (AVX512-BF16 or AMX) or ``cuda``.
-    """
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def learning_rate(step: int, plan: TrainPlan) -> float:

@@ -15,7 +15,7 @@ from pipeline.data.cleaning_report import render_page
 from pipeline.data.package_docs import package_documents, package_licence
 from pipeline.data.sources import Document, file_documents, python_documents
 from pipeline.progress import progress
-from pipeline.settings import DataConfig, PairsConfig
+from pipeline.settings_training import DataConfig, PairsConfig
 
 _PYTHON = "Python Software Foundation License Version 2"
 LICENCES = {

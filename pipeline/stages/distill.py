@@ -31,6 +31,7 @@ def run(run: StageRun) -> None:
 
 
 def _learn(run: StageRun) -> None:
+    from pipeline.distillation.checkpoints import discard_checkpoint
     from pipeline.distillation.from_config import loss_settings, train_plan
     from pipeline.distillation.long_phase import learn_long_context, require_context
     from pipeline.distillation.objectives import text_objective
@@ -39,7 +40,7 @@ def _learn(run: StageRun) -> None:
     from pipeline.distillation.student_signal import hidden_loss_beside, objective_of, open_source
     from pipeline.distillation.student_start import start_student
     from pipeline.distillation.student_text import prepare_text
-    from pipeline.distillation.trainer import discard_checkpoint, train
+    from pipeline.distillation.trainer import train
 
     config, distill = run.config, run.config.distill
     text = prepare_text(config, run.layout, run.output)

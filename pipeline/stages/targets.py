@@ -53,12 +53,12 @@ def _record(
     run: StageRun, source: TeacherSource, train: NDArray[np.int32], held_out: NDArray[np.int32]
 ) -> dict[str, Any]:
     """Run the teacher over both sides."""
+    from pipeline.distillation.checkpoints import discard_checkpoint
     from pipeline.distillation.fast_layers import hasten_teacher
     from pipeline.distillation.from_config import uses_bf16
     from pipeline.distillation.recording import record_draws
     from pipeline.distillation.stored_targets import record_targets
     from pipeline.distillation.teachers import load_checkpoint
-    from pipeline.distillation.trainer import discard_checkpoint
 
     config, teacher = run.config, load_checkpoint(source)
     _save_importance(run, teacher, train)

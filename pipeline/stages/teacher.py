@@ -18,7 +18,7 @@ from pipeline.distillation.teachers import (
     save_tokenizer,
     write_source,
 )
-from pipeline.settings import CheckpointTeacher, FromScratchTeacher
+from pipeline.settings_training import CheckpointTeacher, FromScratchTeacher
 
 if TYPE_CHECKING:
     from pipeline.data.packing import Packed
@@ -49,11 +49,11 @@ def _correct(run: StageRun, teacher: CheckpointTeacher) -> None:
     """The checkpoint fine-tuned on the cleaned text becomes this stage's own, in the type that it was loaded in."""
     from pipeline.distillation.batches import Sequences
     from pipeline.distillation.checkpoint_files import copy_tokenizer
+    from pipeline.distillation.checkpoints import discard_checkpoint
     from pipeline.distillation.correction import correct_teacher
     from pipeline.distillation.from_config import train_plan
     from pipeline.distillation.parallel import join_processes, wait_for_all
     from pipeline.distillation.teachers import load_checkpoint, source_of
-    from pipeline.distillation.trainer import discard_checkpoint
 
     config, path, processes = run.config, resolve_checkpoint(teacher), join_processes()
     if processes.index == 0:
@@ -124,10 +124,11 @@ def _adapter(teacher: CheckpointTeacher, seed: int) -> LoraSettings | None:
 
 def _train(run: StageRun, teacher: FromScratchTeacher) -> None:
     from pipeline.distillation.batches import Sequences
+    from pipeline.distillation.checkpoints import discard_checkpoint
     from pipeline.distillation.from_config import train_plan, training_device
     from pipeline.distillation.objectives import text_objective
     from pipeline.distillation.parallel import join_processes
-    from pipeline.distillation.trainer import discard_checkpoint, train
+    from pipeline.distillation.trainer import train
 
     config, corpus = run.config, run.layout.corpus / "train.jsonl"
     tokenizer = train_tokenizer(map(row_text, shuffled_rows(corpus, config.seed)), teacher.vocab_size)

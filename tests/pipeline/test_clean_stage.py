@@ -14,7 +14,8 @@ import pytest
 from edge_runtime.formats.errors import UserError
 from pipeline.artifacts import Layout, StageRun
 from pipeline.data.cleaning import CleaningSettings
-from pipeline.settings import Config, DataConfig
+from pipeline.settings import Config
+from pipeline.settings_training import DataConfig
 from pipeline.stages import clean
 from pipeline.stages.clean import cleaning_settings
 

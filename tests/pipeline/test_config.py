@@ -12,7 +12,8 @@ import pytest
 
 from edge_runtime.formats.errors import ConfigError
 from pipeline.config import config_digest, load_configs
-from pipeline.settings import CheckpointTeacher, Config, FromScratchTeacher
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher, FromScratchTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = "submodel=tiny"

@@ -23,6 +23,7 @@ PLUMBING = {
     "pipeline/config.py",
     "pipeline/progress.py",
     "pipeline/settings.py",
+    "pipeline/settings_training.py",
     "edge_runtime/formats/errors.py",
 }
 

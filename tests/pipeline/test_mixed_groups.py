@@ -31,7 +31,7 @@ from pipeline.export.tflite_graph import write_tflite
 from pipeline.export.tflite_reader import read_tflite_weights
 from pipeline.export.train_step_onnx import write_onnx_train_steps
 from pipeline.export.train_step_parity import draw_probe, onnx_step, require_same_step, torch_step
-from pipeline.needs import least_weights_bytes
+from pipeline.model_bytes import least_weights_bytes
 from pipeline.quantization.allocation import choose_grids, sizes_of
 from pipeline.quantization.calibrated import Calibration, quantize_calibrated
 from pipeline.quantization.grid import Grid, fitting_group, padded_columns, stored_bytes

@@ -15,7 +15,8 @@ from pipeline.export.checkpoint import float_weights, spec_of
 from pipeline.export.compressed_tensors import write_compressed_tensors
 from pipeline.export.compressed_tensors_reader import require_same_compressed_tensors
 from pipeline.flow import STAGES, planned
-from pipeline.needs import Needs, estimate, package_bytes, stored_bytes_a_position
+from pipeline.model_bytes import package_bytes, stored_bytes_a_position
+from pipeline.needs import Needs, estimate
 from pipeline.plan import require_chain
 from pipeline.quantization.grid import fitting_group
 from pipeline.quantization.rounding import quantize_tensor

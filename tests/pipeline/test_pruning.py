@@ -22,7 +22,7 @@ from pipeline.distillation.pruning import (
     student_shape,
 )
 from pipeline.distillation.teachers import TeacherSource, load_checkpoint
-from pipeline.settings import SubmodelConfig
+from pipeline.settings_training import SubmodelConfig
 from tests.pipeline.conftest import VOCABULARY, MakeModel
 
 FULL = StudentShape(hidden_size=64, intermediate_size=96, num_kv_heads=2, num_layers=3)

@@ -14,7 +14,8 @@ from pipeline import __main__, config
 from pipeline.config import family_chain, load_configs
 from pipeline.distillation.pruning import random_student, student_shape
 from pipeline.distillation.speed import training_flops_per_token
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher
 from pipeline.sizes import ModelSizes, family_sizes, is_downloaded, teacher_sizes
 from tests.pipeline.conftest import MakeModel
 

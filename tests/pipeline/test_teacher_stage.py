@@ -22,7 +22,8 @@ from pipeline.data.packing import pack_rows, shuffled_rows
 from pipeline.distillation import correction, trainer
 from pipeline.distillation.batches import Sequences
 from pipeline.distillation.teachers import QUESTION_TEMPLATE, load_checkpoint, read_source
-from pipeline.settings import CheckpointTeacher, Config
+from pipeline.settings import Config
+from pipeline.settings_training import CheckpointTeacher
 from pipeline.stages import teacher
 from tests.pipeline.conftest import TEXTS
 

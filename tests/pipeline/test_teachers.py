@@ -24,7 +24,7 @@ from pipeline.distillation.teachers import (
     resolve_checkpoint,
     save_tokenizer,
 )
-from pipeline.settings import CheckpointTeacher, FromScratchTeacher
+from pipeline.settings_training import CheckpointTeacher, FromScratchTeacher
 from tests.pipeline.conftest import TEXTS, VOCABULARY, MakeModel
 
 TOKENS = torch.randint(VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(1))

@@ -21,8 +21,9 @@ from pipeline.distillation import trainer
 from pipeline.distillation.batches import Batch, LossSum, Sequences, batch_rows
 from pipeline.distillation.checkpoints import History
 from pipeline.distillation.correction import LoraSettings, add_lora, correct_teacher
+from pipeline.distillation.from_config import computes_bf16
 from pipeline.distillation.objectives import next_token_objective
-from pipeline.distillation.trainer import TrainPlan, computes_bf16, learning_rate, train
+from pipeline.distillation.trainer import TrainPlan, learning_rate, train
 from tests.pipeline.conftest import MakeModel
 from tests.pipeline.exact_model import ANSWERS, PLAN, SEQUENCES, TOKENS, UNEVEN, Exact
 

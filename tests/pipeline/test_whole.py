@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edge_runtime.formats.errors import UserError
-from pipeline import needs
+from pipeline import model_bytes
 from pipeline.config import load_configs
 from pipeline.distillation.whole import take_whole
 from pipeline.export.checkpoint import load_student
@@ -84,8 +84,8 @@ def test_what_holds_the_whole_model_in_fp32_is_said_to(stage: str, override: str
 
 
 def test_the_plan_counts_with_the_sizes_of_the_code() -> None:
-    assert needs._STREAMED_TOKENS == streamed_logits.BATCH_TOKENS
-    assert needs._STREAMED_HEAD_WEIGHTS == streamed_logits._HEAD_BLOCK_WEIGHTS
+    assert model_bytes._STREAMED_TOKENS == streamed_logits.BATCH_TOKENS
+    assert model_bytes._STREAMED_HEAD_WEIGHTS == streamed_logits._HEAD_BLOCK_WEIGHTS
 
 
 def _needs(stage: str, *overrides: str) -> Needs:
