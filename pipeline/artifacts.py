@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from edge_runtime.formats.errors import UserError
 
 if TYPE_CHECKING:
@@ -299,10 +301,16 @@ def room_on_disk(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
             raise
         allowed = "room for what is written there" if needed_bytes is None else f"at least {needed_bytes / 1e9:.2f} GB"
         raise UserError(
             "free disk", f"none left at {path}", allowed, "free some space and run it again: it goes on from here"
         ) from None
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Safetensors has the system's error as text only."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)

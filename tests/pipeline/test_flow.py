@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from edge_runtime.formats.errors import UserError
 from pipeline import flow
@@ -144,9 +145,11 @@ class TestExecute:
             (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
             (OSError(errno.ENOSPC, "No space"), UserError, r"^free disk: got 'none left at .*corpus', .*run it again"),
             (OSError(errno.EDQUOT, "Quota"), UserError, "^free disk"),
+            (SafetensorError("I/O error: No space left on device (os error 28)"), UserError, "^free disk"),
+            (SafetensorError("I/O error: Permission denied (os error 13)"), SafetensorError, "os error 13"),
             (OSError(errno.EACCES, "Not yours"), PermissionError, "Not yours"),
         ],
-        ids=["interrupted", "disk full", "quota", "another error"],
+        ids=["interrupted", "disk full", "quota", "safetensors full", "safetensors otherwise", "another error"],
     )
     def test_a_stage_that_fails_leaves_the_earlier_output(
         self, ran: list[str], config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
